@@ -1,0 +1,1 @@
+"""Tinsmith: asynchronous, actor-based RL post-training of language models."""

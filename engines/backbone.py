@@ -1,0 +1,114 @@
+"""A transformers decoder run over packed tokens, with attention and LoRA supplied from outside.
+
+The model's own code computes embeddings, norms, rotary positions and projections; what Tinsmith
+replaces is the attention function (through transformers' `AttentionInterface`, so that a pass may
+be a packed forest of prefixes or a step of a paged decoder) and the linear layers (by
+`LoraLinear`). Any family that follows transformers' conventions therefore works unchanged.
+
+Dimension names: T packed tokens, D hidden size, V vocabulary, H query heads, G key/value heads,
+E size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from ..primitives.errors import InvalidInput
+from ..primitives.types import LoraConfig
+from .lora import (
+    ATTN_TARGETS,
+    MLP_TARGETS,
+    UNEMBED,
+    AdapterLayout,
+    LoraContext,
+    LoraLinear,
+    Span,
+    target_suffixes,
+)
+
+Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""`(layer, q [H, T, E], k [G, T, E], v [G, T, E], scale) -> [T, H, E]`."""
+
+SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def _call_attention(module, query, key, value, attention_mask, scaling, **kwargs):  # type: ignore[no-untyped-def]
+    attention: Attention = kwargs["tinsmith_attention"]
+    out_THE = attention(module.layer_idx, query[0], key[0], value[0], scaling)
+    return out_THE[None], None
+
+
+AttentionInterface.register("tinsmith", _call_attention)
+
+
+class Backbone:
+    """A frozen base model. Not thread-safe: one pass at a time."""
+
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type not in SUPPORTED_FAMILIES:
+            raise InvalidInput(
+                f"base model {str(path)!r} is of family {config.model_type!r}; "
+                f"supported here: {', '.join(SUPPORTED_FAMILIES)}"
+            )
+        self.path = str(path)
+        self.device = torch.device(device)
+        self.model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="tinsmith"
+        ).to(self.device)
+        self.model.eval().requires_grad_(False)
+        self.config = config
+        self.dtype = dtype
+        self.num_layers: int = config.num_hidden_layers
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.max_context: int = config.max_position_embeddings
+        self.lora = LoraContext()
+        self.targets: dict[str, tuple[int, int]] = {}
+        for name, module in list(self.model.named_modules()):
+            parent, _, leaf = name.rpartition(".")
+            if isinstance(module, nn.Linear) and leaf in (*ATTN_TARGETS, *MLP_TARGETS, UNEMBED):
+                setattr(
+                    self.model.get_submodule(parent), leaf, LoraLinear(module, name, self.lora)
+                )
+                self.targets[name] = (module.in_features, module.out_features)
+
+    def layout(self, config: LoraConfig) -> AdapterLayout:
+        """Where an adapter of this model under `config` keeps its parameters."""
+        suffixes = target_suffixes(config)
+        return AdapterLayout(
+            config,
+            {n: io for n, io in self.targets.items() if n.rpartition(".")[2] in suffixes},
+        )
+
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, spans: Sequence[Span]
+    ) -> Tensor:
+        """Final normed hidden states `[T, D]` of the packed tokens (int64 `[T]`).
+
+        The spans stay in force until the next call, so that a backward pass that recomputes
+        (activation checkpointing) sees the same adapters.
+        """
+        self.lora.spans = spans
+        output = self.model.get_submodule("model")(
+            input_ids=tokens_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,
+            tinsmith_attention=attention,
+        )
+        return output.last_hidden_state[0]
+
+    @property
+    def unembedding(self) -> Tensor:
+        """The frozen output matrix `[V, D]`."""
+        return self.model.get_submodule(UNEMBED).weight

@@ -1,0 +1,170 @@
+"""Batched LoRA: one frozen base, many adapters, each row of a packed batch under its own.
+
+An adapter's parameters live in one flat float32 buffer, so that Adam, gradient clipping,
+publishing and saving are each a handful of operations on one tensor, and adapters of different
+ranks and targets stand side by side without padding.
+
+Dimension names: T packed tokens, R rank, I and O a linear layer's inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..primitives.types import LoraConfig
+
+ATTN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+UNEMBED = "lm_head"
+
+
+def target_suffixes(config: LoraConfig) -> tuple[str, ...]:
+    """Last parts of the names of the linear layers that `config` trains."""
+    return (
+        (ATTN_TARGETS if config.train_attn else ())
+        + (MLP_TARGETS if config.train_mlp else ())
+        + ((UNEMBED,) if config.train_unembed else ())
+    )
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """Where each target's A `[R, I]` and B `[O, R]` lie in the flat buffer."""
+
+    config: LoraConfig
+    targets: dict[str, tuple[int, int]]  # module name -> (I, O)
+    offsets: dict[str, tuple[int, int]] = field(init=False)  # module name -> (A, B) starts
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        offsets, position = {}, 0
+        for name, (inputs, outputs) in self.targets.items():
+            rank = self.config.rank
+            offsets[name] = (position, position + rank * inputs)
+            position += rank * (inputs + outputs)
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "size", position)
+
+    @property
+    def scale(self) -> float:
+        return self.config.alpha / self.config.rank
+
+    def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of every target as views of `flat` (`[size]`, any dtype)."""
+        views, rank = {}, self.config.rank
+        for name, (inputs, outputs) in self.targets.items():
+            a, b = self.offsets[name]
+            views[name] = (
+                flat[a : a + rank * inputs].view(rank, inputs),
+                flat[b : b + outputs * rank].view(outputs, rank),
+            )
+        return views
+
+    def initial(self) -> Tensor:
+        """A as PEFT draws it (Kaiming uniform, a = sqrt 5), B zero; seeded by `config.seed`."""
+        generator = torch.Generator()
+        if self.config.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.config.seed)
+        flat = torch.zeros(self.size)
+        for a, _ in self.views(flat).values():
+            bound = 1 / math.sqrt(a.shape[1])
+            a.uniform_(-bound, bound, generator=generator)
+        return flat
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter as the layers use it: A `[R, I]`, B `[O, R]` by module name."""
+
+    layout: AdapterLayout
+    weights: Mapping[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def from_flat(cls, layout: AdapterLayout, flat: Tensor) -> Adapter:
+        return cls(layout, layout.views(flat))
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Rows `[start, stop)` of the packed batch run under `adapter`."""
+
+    start: int
+    stop: int
+    adapter: Adapter
+
+
+class LoraContext:
+    """Which adapter each row of the current pass runs under; shared by a model's layers.
+
+    Spans are disjoint and in order; rows outside every span see the bare base model.
+    """
+
+    def __init__(self) -> None:
+        self.spans: Sequence[Span] = ()
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`y = x W' + scale x A' B'` by spans; the frozen base saves nothing of its own."""
+
+    @staticmethod
+    def forward(ctx, x_TI, weight_OI, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
+        y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+        projected = []
+        for (start, stop, scale), a_RI, b_OR in zip(
+            spans, factors[::2], factors[1::2], strict=True
+        ):
+            xa_SR = x_TI[start:stop] @ a_RI.to(x_TI.dtype).T
+            y_TO[start:stop].addmm_(xa_SR, b_OR.to(x_TI.dtype).T, alpha=scale)
+            projected.append(xa_SR)
+        ctx.spans = spans
+        ctx.save_for_backward(x_TI, weight_OI, *factors, *projected)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        (dy_TO,) = grads
+        x_TI, weight_OI, *rest = ctx.saved_tensors
+        count = len(ctx.spans)
+        factors, projected = rest[: 2 * count], rest[2 * count :]
+        dx_TI = dy_TO @ weight_OI if ctx.needs_input_grad[0] else None
+        out: list[Tensor | None] = []
+        for (start, stop, scale), a_RI, b_OR, xa_SR in zip(
+            ctx.spans, factors[::2], factors[1::2], projected, strict=True
+        ):
+            dy_SO = dy_TO[start:stop]
+            dxa_SR = (dy_SO @ b_OR.to(dy_SO.dtype)).mul_(scale)
+            if dx_TI is not None:
+                dx_TI[start:stop].addmm_(dxa_SR, a_RI.to(dy_SO.dtype))
+            out.append((dxa_SR.T @ x_TI[start:stop]).to(a_RI.dtype))
+            out.append((dy_SO.T @ xa_SR).mul_(scale).to(b_OR.dtype))
+        return dx_TI, None, None, None, *out
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus the adapters of the pass under way."""
+
+    def __init__(self, base: nn.Linear, name: str, context: LoraContext) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.name, self.context = name, context
+
+    def forward(self, x: Tensor) -> Tensor:
+        spans, factors = [], []
+        for span in self.context.spans:
+            weights = span.adapter.weights.get(self.name)
+            if weights is not None:
+                spans.append((span.start, span.stop, span.adapter.layout.scale))
+                factors.extend(weights)
+        if not spans:
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        flat = x.reshape(-1, self.in_features)
+        y = _LoraLinear.apply(flat, self.weight, self.bias, tuple(spans), *factors)
+        return y.view(*x.shape[:-1], self.out_features)

@@ -1,0 +1,35 @@
+"""The error tree. Every message says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class TinsmithError(Exception):
+    """Base of every error that Tinsmith raises on purpose."""
+
+
+class InvalidInput(TinsmithError, ValueError):
+    """An argument cannot be used; the run and the service are unchanged."""
+
+
+class NotFound(TinsmithError, LookupError):
+    """A run, checkpoint, model, environment or loss of that name does not exist."""
+
+
+class Unavailable(TinsmithError):
+    """The part that should answer is gone or cannot start here."""
+
+
+class OutOfCapacity(TinsmithError):
+    """The request is valid but can never fit in the memory or limits configured."""
+
+
+class OpCancelled(TinsmithError):
+    """The operation was withdrawn with `Op.cancel()` before it started."""
+
+
+class EnvironmentFailure(TinsmithError):
+    """An environment raised, hung, ran out of memory or died; only its episode is lost."""
+
+
+class RolloutFailure(TinsmithError):
+    """So many episodes failed in a row that going on would only burn time."""
