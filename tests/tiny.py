@@ -56,7 +56,7 @@ def make_tiny_model(path: str | Path, family: str = "llama", seed: int = 0) -> s
     """
     tokenizer = tiny_tokenizer()
     shape = dict(
-        vocab_size=len(tokenizer),
+        vocab_size=336,  # padded above the tokenizer, as real models are
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
