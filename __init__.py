@@ -1,1 +1,93 @@
-"""Tinsmith: asynchronous, actor-based RL post-training of language models."""
+"""Tinsmith: asynchronous, actor-based RL post-training of language models, in four primitives.
+
+Names are loaded when first used, so that `import tinsmith` is cheap (environment processes
+import it by the dozen).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .actors.cluster import connect
+    from .primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
+    from .primitives.errors import (
+        EnvironmentFailure,
+        InvalidInput,
+        NotFound,
+        OpCancelled,
+        OutOfCapacity,
+        RolloutFailure,
+        TinsmithError,
+        Unavailable,
+    )
+    from .primitives.op import Op
+    from .primitives.types import (
+        AdamParams,
+        Checkpoint,
+        Datum,
+        ForwardBackwardOutput,
+        LoraConfig,
+        ModelInput,
+        OptimStepResponse,
+        PolicyRef,
+        SampledSequence,
+        SampledToken,
+        SampleResponse,
+        SamplingParams,
+        SaveResponse,
+        Segment,
+        ServerCapabilities,
+        TrainingInfo,
+        TrainingRun,
+        Trajectory,
+    )
+
+_HOMES = {
+    "actors.cluster": ["connect"],
+    "primitives.client": ["EnvClient", "SamplingClient", "ServiceClient", "TrainingClient"],
+    "primitives.errors": [
+        "EnvironmentFailure",
+        "InvalidInput",
+        "NotFound",
+        "OpCancelled",
+        "OutOfCapacity",
+        "RolloutFailure",
+        "TinsmithError",
+        "Unavailable",
+    ],
+    "primitives.op": ["Op"],
+    "primitives.types": [
+        "AdamParams",
+        "Checkpoint",
+        "Datum",
+        "ForwardBackwardOutput",
+        "LoraConfig",
+        "ModelInput",
+        "OptimStepResponse",
+        "PolicyRef",
+        "SampleResponse",
+        "SampledSequence",
+        "SampledToken",
+        "SamplingParams",
+        "SaveResponse",
+        "Segment",
+        "ServerCapabilities",
+        "TrainingInfo",
+        "TrainingRun",
+        "Trajectory",
+    ],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_ROOMS = ("primitives", "envs", "algorithms", "engines", "actors", "gateway", "cli")
+
+__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

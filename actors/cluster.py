@@ -1,0 +1,148 @@
+"""`connect()`: start or join a Ray cluster, and find its controller."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from ..primitives.client import ServiceClient
+from ..primitives.errors import InvalidInput, Unavailable
+from ..primitives.op import Op
+from ..primitives.sync import SyncClient, run_blocking
+
+NAMESPACE = "tinsmith"
+
+
+def default_home() -> Path:
+    return Path(os.environ.get("TINSMITH_HOME", "~/.tinsmith")).expanduser()
+
+
+class Connection:
+    """What `connect()` returns: `await` it, enter it with `async with`, or take its `.sync`."""
+
+    def __init__(self, address: str | None, home: str | Path | None, options: dict[str, Any]):
+        self._address, self._options = address, options
+        self._home = str(home if home is not None else default_home())
+        self._service: ServiceClient | None = None
+
+    def __await__(self) -> Generator[Any, None, ServiceClient]:
+        return self._connect().__await__()
+
+    async def __aenter__(self) -> ServiceClient:
+        return await self._connect()
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._service is not None:
+            await asyncio.to_thread(self._service.close)
+
+    @property
+    def sync(self) -> SyncClient:
+        return run_blocking(self._connect()).sync
+
+    async def _connect(self) -> ServiceClient:
+        if self._service is None:
+            self._service = await asyncio.to_thread(
+                _start, self._address, self._home, self._options
+            )
+        return self._service
+
+
+def connect(
+    address: str | None = None,
+    *,
+    home: str | Path | None = None,
+    num_cpus: int | None = None,
+    learner_threads: int | None = None,
+    sampler_threads: int | None = None,
+    kv_bytes: int | None = None,
+    verbose: bool = False,
+) -> Connection:
+    """Open the service: `service = await tinsmith.connect()`.
+
+    Args:
+        address: None starts a cluster on this machine, which ends with `service.close()` or this
+            process; "auto" joins one that runs here; "ray://host:port" one elsewhere.
+        home: where runs, checkpoints and models are kept (default: `$TINSMITH_HOME`, else
+            `~/.tinsmith`).
+        num_cpus: CPUs of a cluster started here (default: all).
+        learner_threads, sampler_threads: torch threads of the two engines (default: all CPUs).
+        kv_bytes: memory for a sampler's key/value cache (default: a quarter of what is free).
+        verbose: show the actors' own output.
+
+    Raises:
+        Unavailable: no cluster answers at `address`.
+    """
+    if address is not None and address != "auto" and not address.startswith("ray://"):
+        raise InvalidInput(f'address must be None, "auto" or "ray://host:port", got {address!r}')
+    options = dict(
+        num_cpus=num_cpus,
+        verbose=verbose,
+        actor=dict(
+            learner_threads=learner_threads, sampler_threads=sampler_threads, kv_bytes=kv_bytes
+        ),
+    )
+    return Connection(address, home, options)
+
+
+def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceClient:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    from .controller import Controller
+    from .handle import RayHandle
+
+    ours = not ray.is_initialized()
+    if ours:
+        _join_ray(address, options)
+    local = ours and address is None
+    actor = (
+        ray.remote(Controller)
+        .options(
+            name="controller",
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime=None if local else "detached",
+            num_cpus=0,
+        )
+        .remote(home, **options["actor"])
+    )
+    handle = RayHandle(actor, "controller")
+
+    def close() -> None:
+        if ours:
+            ray.shutdown()
+
+    try:
+        running_home = Op(handle.call("ping")).result()
+        if running_home != home:
+            raise Unavailable(
+                f"a service with home {running_home!r} runs in this cluster already; "
+                f"connect with that home, or close it first (asked for {home!r})"
+            )
+    except BaseException:
+        close()
+        raise
+    return ServiceClient(handle, close)
+
+
+def _join_ray(address: str | None, options: dict[str, Any]) -> None:
+    import ray
+
+    common = dict(
+        namespace=NAMESPACE, log_to_driver=options["verbose"], logging_level="ERROR"
+    )
+    try:
+        if address is None:
+            ray.init(
+                num_cpus=options["num_cpus"] or os.cpu_count(),
+                include_dashboard=False,
+                address="local",
+                **common,
+            )
+        else:
+            ray.init(address=address, **common)
+    except ConnectionError as error:
+        raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error

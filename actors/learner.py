@@ -1,0 +1,374 @@
+"""The Learner actor: every run's log of operations, applied in order, exactly once.
+
+Clients number their operations; an operation that arrives early waits for its turn, one that
+arrives twice gets the recorded result. One thread owns the engine; saving and publishing copy
+what they need in that thread and finish outside it, so that training goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ..engines import adapter_files
+from ..engines.backbone import Backbone
+from ..engines.learner import LearnerEngine
+from ..primitives.errors import InvalidInput, NotFound, OpCancelled, TinsmithError
+from ..primitives.op import Handle, Op
+from ..primitives.paths import CheckpointPath
+from ..primitives.types import (
+    Checkpoint,
+    LoraConfig,
+    PublishResponse,
+    SaveResponse,
+    TrainingInfo,
+)
+from .storage import Storage
+
+RESULTS_KEPT = 4096
+
+
+@dataclass
+class Entry:
+    kind: str
+    args: dict[str, Any]
+    future: asyncio.Future[Any]
+
+
+@dataclass
+class RunLog:
+    """One run's operations: those waiting by number, and the results of those applied."""
+
+    run_id: str
+    next_seq_id: int = 1
+    live: bool = False
+    waiting: dict[int, Entry] = field(default_factory=dict)
+    results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
+
+
+class Learner:
+    """Trains the LoRA runs of one base model. Wrapped by the controller with `ray.remote`."""
+
+    def __init__(
+        self,
+        base_model: str,
+        model_path: str,
+        storage_root: str,
+        controller: Handle,
+        num_threads: int | None = None,
+    ) -> None:
+        self.base_model = base_model
+        self.model_path = model_path
+        self.storage = Storage(storage_root)
+        self.controller = controller
+        self.num_threads = num_threads
+        self.logs: dict[str, RunLog] = {}
+        self.turn: list[str] = []
+        self.sampler: Handle | None = None
+        self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self.finishing: set[asyncio.Task[None]] = set()
+        self.wake = asyncio.Event()
+        self.pump: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load the base model.
+
+        Raises:
+            InvalidInput: the model's family is not supported.
+        """
+        await self._in_engine(self._load)
+        self.pump = asyncio.create_task(self._apply_logs())
+
+    def _load(self) -> None:
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        self.engine = LearnerEngine(Backbone(self.model_path))
+
+    async def _in_engine(self, function: Any, *args: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.engine_thread, function, *args)
+
+    # ---- runs ----
+
+    async def open_run(
+        self, run_id: str, lora: LoraConfig, path: str | None, optimizer: bool
+    ) -> int:
+        """Start a run, afresh or from a checkpoint; returns the number of its first operation."""
+        if run_id in self.logs:
+            await self.close_run(run_id)
+        await self._in_engine(self.engine.create_run, run_id, lora)
+        try:
+            if path is not None:
+                await self._settle_writes()
+                await self._in_engine(self._load_checkpoint, run_id, path, optimizer, True)
+        except BaseException:
+            await self._in_engine(self.engine.drop_run, run_id)
+            raise
+        self.logs[run_id] = RunLog(run_id)
+        self.turn.append(run_id)
+        return 1
+
+    async def next_seq_id(self, run_id: str) -> int | None:
+        """Where a run's log goes on after all that has arrived; None if the run is not open."""
+        log = self.logs.get(run_id)
+        return None if log is None else max([log.next_seq_id - 1, *log.waiting]) + 1
+
+    async def close_run(self, run_id: str) -> None:
+        """Free a run's memory. Operations still waiting fail."""
+        log = self.logs.pop(run_id, None)
+        if log is None:
+            return
+        self.turn.remove(run_id)
+        for entry in log.waiting.values():
+            entry.future.set_exception(NotFound(f"run {run_id} was closed"))
+        await self._in_engine(self.engine.drop_run, run_id)
+        if self.sampler is not None:
+            await Op(self.sampler.call("drop_run", run_id))
+
+    # ---- the log ----
+
+    async def submit(self, run_id: str, seq_id: int, kind: str, args: dict[str, Any]) -> Any:
+        """Append operation `seq_id` to a run's log and wait for its result."""
+        log = self._log(run_id)
+        future = log.results.get(seq_id)
+        if future is None:
+            if seq_id < log.next_seq_id:
+                raise InvalidInput(
+                    f"operation {seq_id} of run {run_id} was applied before; "
+                    f"its result is no longer kept (next is {log.next_seq_id})"
+                )
+            future = asyncio.get_running_loop().create_future()
+            # A result that no caller waits for any more is not an unhandled error.
+            future.add_done_callback(lambda f: f.cancelled() or f.exception())
+            log.waiting[seq_id] = Entry(kind, args, future)
+            log.results[seq_id] = future
+            while len(log.results) > RESULTS_KEPT and next(iter(log.results.values())).done():
+                log.results.popitem(last=False)
+            self.wake.set()
+        return await asyncio.shield(future)
+
+    async def withdraw(self, run_id: str, seq_id: int) -> bool:
+        """Take an operation that has not started out of the log; its number stays used."""
+        entry = self._log(run_id).waiting.get(seq_id)
+        if entry is None or entry.kind == "skip":
+            return False
+        entry.future.set_exception(OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn"))
+        entry.kind = "skip"
+        return True
+
+    def _log(self, run_id: str) -> RunLog:
+        log = self.logs.get(run_id)
+        if log is None:
+            raise NotFound(
+                f"run {run_id!r} is not open on this learner; "
+                "service.resume_training_client(run_id) opens it from its newest checkpoint"
+            )
+        return log
+
+    def _next_ready(self) -> RunLog | None:
+        """The next run, in turn, whose next operation is here."""
+        for position, run_id in enumerate(self.turn):
+            log = self.logs[run_id]
+            if log.next_seq_id in log.waiting:
+                self.turn.append(self.turn.pop(position))
+                return log
+        return None
+
+    async def _apply_logs(self) -> None:
+        while True:
+            log = self._next_ready()
+            if log is None:
+                self.wake.clear()
+                await self.wake.wait()
+                continue
+            entry = log.waiting.pop(log.next_seq_id)
+            log.next_seq_id += 1
+            if entry.kind == "skip":
+                if not entry.future.done():
+                    entry.future.set_result(None)
+                continue
+            try:
+                if entry.kind == "load_state":
+                    await self._settle_writes()
+                outcome = await self._in_engine(self._apply, log, entry)
+            except Exception as error:
+                entry.future.set_exception(error)
+                continue
+            if isinstance(outcome, Coroutine):
+                task = asyncio.create_task(_finish(outcome, entry.future))
+                self.finishing.add(task)
+                task.add_done_callback(self.finishing.discard)
+            else:
+                entry.future.set_result(outcome)
+
+    async def _settle_writes(self) -> None:
+        if self.finishing:
+            await asyncio.wait(set(self.finishing))
+
+    def _apply(self, log: RunLog, entry: Entry) -> Any:
+        """Runs in the engine's thread: the result, or a coroutine that finishes outside it."""
+        apply = getattr(self, f"_op_{entry.kind}", None)
+        if apply is None:
+            raise InvalidInput(f"unknown operation {entry.kind!r}")
+        return apply(log, **entry.args)
+
+    # ---- operations ----
+
+    def _op_forward(self, log: RunLog, **args: Any) -> Any:
+        return self.engine.forward(log.run_id, **args)
+
+    def _op_forward_backward(self, log: RunLog, **args: Any) -> Any:
+        return self.engine.forward_backward(log.run_id, **args)
+
+    def _op_optim_step(self, log: RunLog, adam_params: Any) -> Any:
+        response = self.engine.optim_step(log.run_id, adam_params)
+        if not log.live:
+            return response
+        publication = self._publication(log.run_id)
+
+        async def publish() -> Any:
+            await publication
+            return response
+
+        return publish()
+
+    def _op_publish(self, log: RunLog, live: bool) -> Coroutine[Any, Any, PublishResponse]:
+        log.live = log.live or live
+        return self._publication(log.run_id)
+
+    def _op_get_info(self, log: RunLog) -> TrainingInfo:
+        backbone, run = self.engine.backbone, self.engine.runs[log.run_id]
+        return TrainingInfo(
+            log.run_id,
+            self.base_model,
+            self.model_path,
+            run.config,
+            run.version,
+            backbone.max_context,
+            backbone.vocab_size,
+            run.layout.size,
+        )
+
+    def _op_save_state(
+        self, log: RunLog, name: str, user_metadata: dict[str, Any], overwrite: bool
+    ) -> Coroutine[Any, Any, SaveResponse]:
+        path = CheckpointPath(log.run_id, "weights", name)
+        state = self.engine.state(log.run_id)
+        return self._save(path, state, user_metadata, overwrite)
+
+    def _op_save_weights_for_sampler(
+        self, log: RunLog, name: str, overwrite: bool
+    ) -> Coroutine[Any, Any, SaveResponse]:
+        path = CheckpointPath(log.run_id, "sampler_weights", name)
+        state = {"params": self.engine.export(log.run_id)}
+        return self._save(path, state, {}, overwrite)
+
+    def _op_load_state(self, log: RunLog, path: str, optimizer: bool) -> Any:
+        self._load_checkpoint(log.run_id, path, optimizer, False)
+        response = SaveResponse(path)
+        if not log.live:
+            return response
+        publication = self._publication(log.run_id)
+
+        async def publish() -> SaveResponse:
+            await publication
+            return response
+
+        return publish()
+
+    # ---- publishing and checkpoints ----
+
+    def _publication(self, run_id: str) -> Coroutine[Any, Any, PublishResponse]:
+        run = self.engine.runs[run_id]
+        flat, version, config = self.engine.export(run_id).numpy(), run.version, run.config
+
+        async def send() -> PublishResponse:
+            started = time.perf_counter()
+            if self.sampler is None:
+                self.sampler = await Op(self.controller.call("sampler_handle", self.base_model))
+            await Op(self.sampler.call("add_adapter", run_id, version, config, flat))
+            return PublishResponse(version, time.perf_counter() - started)
+
+        return send()
+
+    def _save(
+        self,
+        path: CheckpointPath,
+        state: dict[str, torch.Tensor],
+        user_metadata: dict[str, Any],
+        overwrite: bool,
+    ) -> Coroutine[Any, Any, SaveResponse]:
+        if not overwrite and self.storage.exists(path.folder):
+            raise InvalidInput(f"{path} exists already; take another name, or overwrite=True")
+        run = self.engine.runs[path.run_id]
+        version, layout = run.version, run.layout
+        manifest = {
+            "base_model": self.base_model,
+            "lora": asdict(run.config),
+            "version": version,
+            "user_metadata": user_metadata,
+        }
+
+        def write() -> Checkpoint:
+            params = state.pop("params")
+            files = adapter_files.write_adapter(layout, params, self.base_model)
+            if state:
+                files["optimizer.safetensors"] = safetensors.torch.save(state)
+            files["manifest.json"] = json.dumps(manifest, indent=1).encode()
+            size = self.storage.write(path.folder, files)
+            return Checkpoint(
+                str(path),
+                path.run_id,
+                path.kind,
+                path.name,
+                version,
+                time.time(),
+                size,
+                user_metadata,
+            )
+
+        async def save() -> SaveResponse:
+            checkpoint = await asyncio.to_thread(write)
+            await Op(self.controller.call("record_checkpoint", checkpoint))
+            return SaveResponse(str(path))
+
+        return save()
+
+    def _load_checkpoint(self, run_id: str, path: str, optimizer: bool, resume: bool) -> None:
+        """Load weights (and optimizer); `resume` also takes over the checkpoint's version."""
+        files = self.storage.read(CheckpointPath.parse(path).folder)
+        manifest = json.loads(files["manifest.json"])
+        if manifest["base_model"] != self.base_model:
+            raise InvalidInput(
+                f"{path} was trained on {manifest['base_model']!r}, this run on {self.base_model!r}"
+            )
+        run = self.engine.runs[run_id]
+        params = adapter_files.read_adapter(files, run.layout)
+        state = None
+        if optimizer:
+            if "optimizer.safetensors" not in files:
+                raise InvalidInput(f"{path} holds no optimizer state: it was saved for sampling")
+            state = safetensors.torch.load(files["optimizer.safetensors"])
+        self.engine.load(run_id, params, state, manifest["version"] if resume else None)
+
+
+async def _finish(outcome: Coroutine[Any, Any, Any], future: asyncio.Future[Any]) -> None:
+    try:
+        result = await outcome
+    except (TinsmithError, OSError, ValueError) as error:
+        future.set_exception(error)
+    except BaseException as error:
+        future.set_exception(TinsmithError(f"{type(error).__name__}: {error}"))
+        raise
+    else:
+        future.set_result(result)
+

@@ -1,0 +1,103 @@
+"""What exists: runs and checkpoints, in one SQLite file below `TINSMITH_HOME`."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..primitives.errors import NotFound
+from ..primitives.types import Checkpoint, LoraConfig, TrainingRun
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+    run_id TEXT PRIMARY KEY, base_model TEXT NOT NULL, lora TEXT NOT NULL,
+    user_metadata TEXT NOT NULL, created REAL NOT NULL, last_request REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS checkpoints (
+    path TEXT PRIMARY KEY, run_id TEXT NOT NULL REFERENCES runs(run_id) ON DELETE CASCADE,
+    kind TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, created REAL NOT NULL,
+    size_bytes INTEGER NOT NULL, user_metadata TEXT NOT NULL);
+"""
+
+
+class Registry:
+    def __init__(self, path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        # Autocommit: every statement is durable when it returns.
+        self.db = sqlite3.connect(path, isolation_level=None, timeout=30)
+        self.db.row_factory = sqlite3.Row
+        self.db.execute("PRAGMA journal_mode=WAL")
+        self.db.execute("PRAGMA foreign_keys=ON")
+        self.db.executescript(SCHEMA)
+
+    def add_run(self, run: TrainingRun) -> None:
+        self.db.execute(
+            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                run.run_id,
+                run.base_model,
+                json.dumps(asdict(run.lora)),
+                json.dumps(run.user_metadata),
+                run.created,
+                run.last_request,
+            ),
+        )
+
+    def touch_run(self, run_id: str) -> None:
+        self.db.execute("UPDATE runs SET last_request=? WHERE run_id=?", (time.time(), run_id))
+
+    def run(self, run_id: str) -> TrainingRun:
+        row = self.db.execute("SELECT * FROM runs WHERE run_id=?", (run_id,)).fetchone()
+        if row is None:
+            raise NotFound(f"no run {run_id!r}; list_training_runs() shows those there are")
+        return _run(row)
+
+    def runs(self) -> list[TrainingRun]:
+        return [_run(r) for r in self.db.execute("SELECT * FROM runs ORDER BY created DESC")]
+
+    def delete_run(self, run_id: str) -> None:
+        self.run(run_id)
+        self.db.execute("DELETE FROM runs WHERE run_id=?", (run_id,))
+
+    def add_checkpoint(self, checkpoint: Checkpoint) -> None:
+        row: dict[str, Any] = asdict(checkpoint)
+        row["user_metadata"] = json.dumps(checkpoint.user_metadata)
+        self.db.execute(
+            "INSERT OR REPLACE INTO checkpoints VALUES (:path, :run_id, :kind, :name, :version, "
+            ":created, :size_bytes, :user_metadata)",
+            row,
+        )
+
+    def checkpoint(self, path: str) -> Checkpoint:
+        row = self.db.execute("SELECT * FROM checkpoints WHERE path=?", (path,)).fetchone()
+        if row is None:
+            raise NotFound(f"no checkpoint {path!r}; list_checkpoints() shows those there are")
+        return _checkpoint(row)
+
+    def checkpoints(self, run_id: str | None = None, kind: str | None = None) -> list[Checkpoint]:
+        rows = self.db.execute(
+            "SELECT * FROM checkpoints WHERE (?1 IS NULL OR run_id=?1) AND (?2 IS NULL OR kind=?2)"
+            " ORDER BY created DESC, rowid DESC",
+            (run_id, kind),
+        )
+        return [_checkpoint(row) for row in rows]
+
+    def delete_checkpoint(self, path: str) -> None:
+        self.checkpoint(path)
+        self.db.execute("DELETE FROM checkpoints WHERE path=?", (path,))
+
+
+def _run(row: sqlite3.Row) -> TrainingRun:
+    fields = dict(row)
+    fields["lora"] = LoraConfig(**json.loads(fields["lora"]))
+    fields["user_metadata"] = json.loads(fields["user_metadata"])
+    return TrainingRun(**fields)
+
+
+def _checkpoint(row: sqlite3.Row) -> Checkpoint:
+    fields = dict(row)
+    fields["user_metadata"] = json.loads(fields["user_metadata"])
+    return Checkpoint(**fields)

@@ -1,0 +1,536 @@
+"""The API: clients whose operations are submitted when called and awaited when it matters.
+
+Start here. `ServiceClient` opens training runs and samplers; `TrainingClient` is one run's ordered
+log of operations; `SamplingClient` is a policy, pinned to a version or live.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import InvalidInput
+from .op import Handle, Op, chain, completed, forward_result
+from .sync import HasSync
+from .types import (
+    AdamParams,
+    Checkpoint,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    OptimStepResponse,
+    PolicyRef,
+    PublishResponse,
+    SampledToken,
+    SampleRequest,
+    SampleResponse,
+    SamplingParams,
+    SaveResponse,
+    ServerCapabilities,
+    TokensLike,
+    TrainingInfo,
+    TrainingRun,
+    Trajectory,
+    token_array,
+)
+
+LogprobsWanted = Literal["all", "loss"]
+CustomLoss = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
+class RunGrant:
+    """What the controller hands out for a run: the way to its learner, where its log stands."""
+
+    run_id: str
+    base_model: str
+    model_path: str
+    learner: Handle
+    next_seq_id: int
+
+
+@dataclass(frozen=True)
+class SamplerGrant:
+    """What the controller hands out for a policy: the way to a sampler that can serve it."""
+
+    base_model: str
+    model_path: str
+    sampler: Handle
+    policy: PolicyRef
+
+
+def load_tokenizer(model_path: str) -> Any:
+    """The Hugging Face tokenizer of a resolved model folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+class SamplingClient(HasSync):
+    """A policy to sample from: one immutable version, or live (always the newest published).
+
+    Picklable once it is ready (`await client.ready()`), so that environment workers can use it.
+    """
+
+    def __init__(self, grant: Future[SamplerGrant]) -> None:
+        self._grant = grant
+
+    def ready(self) -> Op[SamplingClient]:
+        """Wait until the sampler can serve this policy."""
+        return Op(self._grant).then(lambda _: self)
+
+    def sample(
+        self,
+        prompt: TokensLike,
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+        *,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> Op[SampleResponse]:
+        """Sample `num_samples` continuations of `prompt` (token ids `[T]`).
+
+        `include_prompt_logprobs` also returns the logprob of every prompt token, and
+        `topk_prompt_logprobs=K` the K likeliest tokens at every prompt position.
+
+        Raises:
+            InvalidInput: empty prompt, token ids out of range, prompt and `max_tokens` beyond
+                the model's context.
+            NotFound: this version is no longer held by the sampler.
+            OutOfCapacity: the request can never fit in the sampler's memory.
+        """
+        request = self._request(
+            prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs
+        )
+        return Op(chain(self._grant, lambda g: g.sampler.call("sample", request(g.policy))))
+
+    async def sample_stream(
+        self,
+        prompt: TokensLike,
+        num_samples: int = 1,
+        sampling_params: SamplingParams | None = None,
+    ) -> AsyncIterator[SampledToken]:
+        """Sample, yielding each token as it is drawn. Leaving the loop withdraws the request."""
+        request = self._request(prompt, num_samples, sampling_params, False, 0)
+        grant = await Op(self._grant)
+        stream = grant.sampler.stream("stream", request(grant.policy))
+        try:
+            async for token in stream:
+                yield token
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    def compute_logprobs(self, prompt: TokensLike) -> Op[np.ndarray]:
+        """Logprobs of the tokens of `prompt` under this policy, float32 `[T]`, NaN first."""
+        response = self.sample(
+            prompt, 1, SamplingParams(max_tokens=1), include_prompt_logprobs=True
+        )
+        return response.then(_prompt_logprobs)
+
+    def get_tokenizer(self) -> Any:
+        """The base model's Hugging Face tokenizer. Blocks until the client is ready."""
+        return load_tokenizer(self._grant.result().model_path)
+
+    @property
+    def policy(self) -> PolicyRef:
+        """Which weights this client samples from. Blocks until the client is ready."""
+        return self._grant.result().policy
+
+    @staticmethod
+    def _request(
+        prompt: TokensLike,
+        num_samples: int,
+        params: SamplingParams | None,
+        prompt_logprobs: bool,
+        topk: int,
+    ) -> Callable[[PolicyRef], SampleRequest]:
+        tokens = token_array(prompt, "prompt")
+        return lambda policy: SampleRequest(
+            tokens,
+            params or SamplingParams(),
+            policy,
+            num_samples,
+            prompt_logprobs or topk > 0,
+            topk,
+        )
+
+    def __getstate__(self) -> SamplerGrant:
+        if not self._grant.done():
+            raise InvalidInput("await client.ready() before sending a SamplingClient elsewhere")
+        return self._grant.result()
+
+    def __setstate__(self, grant: SamplerGrant) -> None:
+        self._grant = completed(grant)
+
+
+def _prompt_logprobs(response: SampleResponse) -> np.ndarray:
+    assert response.prompt_logprobs is not None
+    return response.prompt_logprobs
+
+
+class TrainingClient(HasSync):
+    """One training run. Its operations take effect in the order of the calls, exactly once;
+    nothing needs to be awaited in between."""
+
+    def __init__(self, grant: RunGrant, controller: Handle) -> None:
+        self.run_id = grant.run_id
+        self.base_model = grant.base_model
+        self._grant = grant
+        self._controller = controller
+        self._lock = threading.Lock()
+        self._next_seq_id = grant.next_seq_id
+
+    def _take_seq_ids(self, count: int = 1) -> int:
+        with self._lock:
+            first = self._next_seq_id
+            self._next_seq_id += count
+            return first
+
+    def _submit(self, kind: str, *, seq_id: int | None = None, **args: Any) -> Op[Any]:
+        seq = self._take_seq_ids() if seq_id is None else seq_id
+        learner, run_id = self._grant.learner, self.run_id
+        future = learner.call("submit", run_id, seq, kind, args)
+        return Op(future, withdraw=lambda: learner.call("withdraw", run_id, seq))
+
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+        *,
+        logprobs: LogprobsWanted = "all",
+    ) -> Op[ForwardBackwardOutput]:
+        """The loss and per-token logprobs of `data`, without gradients."""
+        return self._forward_op("forward", data, loss_fn, loss_fn_config, logprobs)
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+        *,
+        logprobs: LogprobsWanted = "all",
+    ) -> Op[ForwardBackwardOutput]:
+        """Add the gradient of the loss, summed over tokens and datums, to the run's gradient.
+
+        `logprobs="all"` returns the logprob of every target token; `"loss"` computes (and
+        returns) only those that the loss needs, NaN elsewhere, which saves their logits.
+
+        Raises:
+            InvalidInput: naming the datum and the field; the run's gradient is unchanged.
+            NotFound: no loss of that name.
+        """
+        return self._forward_op("forward_backward", data, loss_fn, loss_fn_config, logprobs)
+
+    def _forward_op(
+        self,
+        kind: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        logprobs: LogprobsWanted,
+        seq_id: int | None = None,
+    ) -> Op[ForwardBackwardOutput]:
+        if logprobs not in ("all", "loss"):
+            raise InvalidInput(f'logprobs must be "all" or "loss", got {logprobs!r}')
+        for index, datum in enumerate(data):
+            if not isinstance(datum, Datum):
+                raise InvalidInput(f"data[{index}] is a {type(datum).__name__}, not a Datum")
+        return self._submit(
+            kind,
+            seq_id=seq_id,
+            data=list(data),
+            loss_fn=loss_fn,
+            loss_fn_config=dict(loss_fn_config or {}),
+            logprobs=logprobs,
+        )
+
+    def forward_backward_custom(
+        self, data: Sequence[Datum], loss_fn: CustomLoss
+    ) -> Op[ForwardBackwardOutput]:
+        """`forward_backward` with your own torch loss over logprobs.
+
+        `loss_fn(data, logprobs)` gets one float32 tensor (requires grad) per datum in the shape of
+        its `target_tokens`, and returns (scalar loss, metrics). It runs here, in a thread. The
+        learner runs one forward pass for the logprobs and one forward and backward pass with the
+        weights `-d loss / d logprob`, which give exactly the gradient of your loss.
+        """
+        plain = [_with_weights(datum, None) for datum in data]
+        first = self._take_seq_ids(2)
+        forward = self._forward_op("forward", plain, "cross_entropy", None, "all", first)
+        target: Future[ForwardBackwardOutput] = Future()
+
+        def differentiate(done: Future[ForwardBackwardOutput]) -> None:
+            try:
+                output = done.result()
+                weights, metrics = _custom_weights(data, loss_fn, output)
+            except BaseException as error:
+                # The second number is taken: let the log pass over it.
+                self._submit("skip", seq_id=first + 1)
+                target.set_exception(error)
+                return
+            weighted = [_with_weights(d, w) for d, w in zip(data, weights, strict=True)]
+            backward = self._forward_op(
+                "forward_backward", weighted, "cross_entropy", None, "all", first + 1
+            )
+            result = backward.then(
+                lambda out: ForwardBackwardOutput(output.loss_fn_outputs, out.metrics | metrics)
+            )
+            forward_result(result.future, target)
+
+        def hand_to_pool(done: Future[ForwardBackwardOutput]) -> None:
+            _custom_loss_pool.submit(differentiate, done)
+
+        forward.future.add_done_callback(hand_to_pool)
+        return Op(target)
+
+    def optim_step(self, adam_params: AdamParams | None = None) -> Op[OptimStepResponse]:
+        """Consume the accumulated gradient in one Adam step; the run's version goes up by one.
+
+        Once a live sampling client exists, the new version is published with every step: when
+        this op is done, live clients sample from it.
+        """
+        return self._submit("optim_step", adam_params=adam_params or AdamParams())
+
+    def save_state(
+        self, name: str, *, user_metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> Op[SaveResponse]:
+        """Save weights and optimizer under `tinker://<run>/weights/<name>`; immutable.
+
+        `user_metadata` (JSON values) is kept in the checkpoint's manifest.
+        """
+        return self._submit(
+            "save_state", name=name, user_metadata=dict(user_metadata or {}), overwrite=overwrite
+        )
+
+    def load_state(self, path: str) -> Op[SaveResponse]:
+        """Replace this run's weights by a checkpoint's; the optimizer starts afresh."""
+        return self._submit("load_state", path=path, optimizer=False)
+
+    def load_state_with_optimizer(self, path: str) -> Op[SaveResponse]:
+        """Replace this run's weights and optimizer state by a checkpoint's."""
+        return self._submit("load_state", path=path, optimizer=True)
+
+    def save_weights_for_sampler(self, name: str, *, overwrite: bool = False) -> Op[SaveResponse]:
+        """Save a PEFT adapter under `tinker://<run>/sampler_weights/<name>`; immutable."""
+        return self._submit("save_weights_for_sampler", name=name, overwrite=overwrite)
+
+    def save_weights_and_get_sampling_client(self) -> Op[SamplingClient]:
+        """Publish the weights as they are at this point of the log, in memory, and return a client
+        pinned to that version."""
+        published = self._submit("publish", live=False)
+        grants = self._sampler_grant(published)
+        return Op(grants).then(lambda grant: SamplingClient(completed(grant)))
+
+    def live_sampling_client(self) -> SamplingClient:
+        """A client that always samples from the newest published version, also for the rest of a
+        request under way. From here on every `optim_step` publishes."""
+        published = self._submit("publish", live=True)
+        return SamplingClient(self._sampler_grant(published, live=True))
+
+    def _sampler_grant(
+        self, published: Op[PublishResponse], live: bool = False
+    ) -> Future[SamplerGrant]:
+        def ask(response: PublishResponse) -> Future[SamplerGrant]:
+            policy = PolicyRef(self.run_id, None if live else response.version)
+            return self._controller.call("grant_sampler", self.base_model, policy)
+
+        return chain(published.future, ask)
+
+    def get_info(self) -> Op[TrainingInfo]:
+        """The run's facts at this point of its log."""
+        return self._submit("get_info")
+
+    def get_tokenizer(self) -> Any:
+        """The base model's Hugging Face tokenizer."""
+        return load_tokenizer(self._grant.model_path)
+
+
+_custom_loss_pool = ThreadPoolExecutor(4, thread_name_prefix="tinsmith-custom-loss")
+
+
+def _with_weights(datum: Datum, weights: np.ndarray | None) -> Datum:
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    if targets is None:
+        raise InvalidInput("forward_backward_custom: every datum needs target_tokens")
+    if weights is None:
+        weights = np.zeros(targets.shape, np.float32)
+    return Datum(datum.model_input, {"target_tokens": targets, "weights": weights})
+
+
+def _custom_weights(
+    data: Sequence[Datum], loss_fn: CustomLoss, output: ForwardBackwardOutput
+) -> tuple[list[np.ndarray], dict[str, float]]:
+    import torch
+
+    logprobs = [
+        torch.tensor(out["logprobs"], dtype=torch.float32, requires_grad=True)
+        for out in output.loss_fn_outputs
+    ]
+    loss, metrics = loss_fn(data, logprobs)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise InvalidInput("a custom loss must return (scalar tensor, metrics)")
+    grads = torch.autograd.grad(loss, logprobs, allow_unused=True)
+    weights = [
+        np.zeros(p.shape, np.float32) if g is None else (-g).numpy()
+        for p, g in zip(logprobs, grads, strict=True)
+    ]
+    return weights, {**metrics, "custom_loss:sum": float(loss.detach())}
+
+
+class EnvClient(HasSync):
+    """A pool of environment workers. Episodes go to the worker with the fewest under way."""
+
+    def __init__(self, workers: Sequence[Handle]) -> None:
+        self._workers = list(workers)
+        self._running = [0] * len(self._workers)
+        self._lock = threading.Lock()
+
+    def run_episode(self, spec: Any) -> Op[Trajectory]:
+        """Play one episode (`envs.EpisodeSpec`) to its end.
+
+        Raises:
+            EnvironmentFailure: the environment raised, hung, died or used too much memory.
+            Unavailable: the worker process died; it is restarted.
+        """
+        with self._lock:
+            index = int(np.argmin(self._running))
+            self._running[index] += 1
+        future = self._workers[index].call("run_episode", spec)
+
+        def leave(_: Future[Any]) -> None:
+            with self._lock:
+                self._running[index] -= 1
+
+        future.add_done_callback(leave)
+        return Op(future)
+
+
+class ServiceClient(HasSync):
+    """The way in, made by `tinsmith.connect()`."""
+
+    def __init__(self, controller: Handle, on_close: Callable[[], None] | None = None) -> None:
+        self._controller = controller
+        self._on_close = on_close
+
+    def get_server_capabilities(self) -> Op[ServerCapabilities]:
+        """Models at hand, their context lengths, and the losses."""
+        return Op(self._controller.call("capabilities"))
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        *,
+        alpha: float = 32.0,
+        train_attn: bool = True,
+        train_mlp: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Mapping[str, Any] | None = None,
+    ) -> Op[TrainingClient]:
+        """Start a training run on `base_model`: a local folder, a model's short name or a Hugging
+        Face id.
+
+        Raises:
+            InvalidInput: a rank below 1, an unsupported model family.
+            NotFound: no such model.
+        """
+        lora = LoraConfig(rank, alpha, seed, train_attn, train_mlp, train_unembed)
+        run_id = uuid.uuid4().hex[:12]
+        return self._training(
+            "create_run", run_id, base_model, lora, None, False, dict(user_metadata or {})
+        )
+
+    def create_training_client_from_state(
+        self, path: str, *, user_metadata: Mapping[str, Any] | None = None
+    ) -> Op[TrainingClient]:
+        """Start a new run from a checkpoint's weights, with a fresh optimizer."""
+        run_id = uuid.uuid4().hex[:12]
+        return self._training(
+            "create_run", run_id, None, None, path, False, dict(user_metadata or {})
+        )
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: str, *, user_metadata: Mapping[str, Any] | None = None
+    ) -> Op[TrainingClient]:
+        """Start a new run from a checkpoint's weights and optimizer state."""
+        run_id = uuid.uuid4().hex[:12]
+        return self._training(
+            "create_run", run_id, None, None, path, True, dict(user_metadata or {})
+        )
+
+    def resume_training_client(
+        self, run_id: str, *, path: str | None = None
+    ) -> Op[TrainingClient]:
+        """Go on with a run: as its learner has it in memory, or else from `path` (default: its
+        newest `weights` checkpoint), optimizer included. With `path`, always from there.
+
+        Raises:
+            NotFound: no such run, or it has no checkpoint and is not in memory.
+        """
+        return self._training("resume_run", run_id, path)
+
+    def _training(self, method: str, *args: Any) -> Op[TrainingClient]:
+        grant: Op[RunGrant] = Op(self._controller.call(method, *args))
+        return grant.then(lambda g: TrainingClient(g, self._controller))
+
+    def create_sampling_client(
+        self, model_path: str | None = None, base_model: str | None = None
+    ) -> Op[SamplingClient]:
+        """A client for a saved checkpoint (`tinker://…`) or for a bare base model."""
+        if (model_path is None) == (base_model is None):
+            raise InvalidInput("give exactly one of model_path and base_model")
+        if model_path is not None:
+            future = self._controller.call("grant_checkpoint_sampler", model_path)
+        else:
+            future = self._controller.call("grant_sampler", base_model, PolicyRef())
+        return Op(future).then(lambda grant: SamplingClient(completed(grant)))
+
+    def create_env_client(
+        self, base_model: str, num_workers: int = 1, max_concurrent: int = 64
+    ) -> Op[EnvClient]:
+        """Environment workers that render and tokenize for `base_model`; each plays up to
+        `max_concurrent` episodes at once, every environment in a process of its own."""
+        workers: Op[list[Handle]] = Op(
+            self._controller.call("env_workers", base_model, num_workers, max_concurrent)
+        )
+        return workers.then(EnvClient)
+
+    def list_training_runs(self) -> Op[list[TrainingRun]]:
+        """All runs, newest first."""
+        return Op(self._controller.call("list_runs"))
+
+    def get_training_run(self, run_id: str) -> Op[TrainingRun]:
+        return Op(self._controller.call("get_run", run_id))
+
+    def delete_training_run(self, run_id: str) -> Op[None]:
+        """Forget a run: its memory, its checkpoints and its files."""
+        return Op(self._controller.call("delete_run", run_id))
+
+    def list_checkpoints(self, run_id: str | None = None) -> Op[list[Checkpoint]]:
+        """Checkpoints of one run or of all, newest first."""
+        return Op(self._controller.call("list_checkpoints", run_id))
+
+    def delete_checkpoint(self, path: str) -> Op[None]:
+        return Op(self._controller.call("delete_checkpoint", path))
+
+    def close(self) -> None:
+        """Leave the service, stopping it if `connect()` started it. Unsaved runs are lost."""
+        if self._on_close is not None:
+            self._on_close()
+            self._on_close = None
+
+    async def __aenter__(self) -> ServiceClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        import asyncio
+
+        await asyncio.to_thread(self.close)

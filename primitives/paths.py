@@ -1,0 +1,44 @@
+"""Checkpoint paths: `tinker://<run>/weights/<name>` and `tinker://<run>/sampler_weights/<name>`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import InvalidInput
+
+SCHEME = "tinker://"
+KINDS = ("weights", "sampler_weights")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
+
+
+@dataclass(frozen=True)
+class CheckpointPath:
+    run_id: str
+    kind: str
+    name: str
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise InvalidInput(
+                f"checkpoint name {self.name!r} must be 1 to 128 letters, digits or . _ : + -, "
+                "starting with a letter or digit"
+            )
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.run_id}/{self.kind}/{self.name}"
+
+    @property
+    def folder(self) -> str:
+        """The checkpoint's folder below the storage root."""
+        return f"runs/{self.run_id}/{self.kind}/{self.name}"
+
+    @classmethod
+    def parse(cls, path: str) -> CheckpointPath:
+        parts = path.removeprefix(SCHEME).split("/")
+        if not path.startswith(SCHEME) or len(parts) != 3 or parts[1] not in KINDS:
+            raise InvalidInput(
+                f"{path!r} is not a checkpoint path: expected {SCHEME}<run>/weights/<name> "
+                f"or {SCHEME}<run>/sampler_weights/<name>"
+            )
+        return cls(*parts)
