@@ -1,0 +1,219 @@
+"""Paced rollouts: groups of episodes played ahead of the learner, but never too far.
+
+`Rollouts` starts group after group while the number issued stays within
+`(version + max_staleness + 1) * groups_per_step` (AReaL's rule, Fu et al., 2025), and hands out
+batches. A group that would be too old after the next step is waited for, not thrown away:
+a batch takes the oldest groups first, and is not handed out while one that it must hold still
+plays. With `max_staleness=0` this is exactly the synchronous loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+
+from ..primitives.errors import EnvironmentFailure, RolloutFailure, Unavailable
+from ..primitives.types import Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """G episodes of one task. `start_version` is the learner's version when it was issued."""
+
+    index: int
+    start_version: int
+    trajectories: list[Trajectory]
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def rewards(self) -> np.ndarray:
+        return np.array([t.reward for t in self.trajectories])
+
+    @property
+    def oldest_version(self) -> int:
+        """Of any token; the version at issue when nothing was sampled."""
+        versions = [t.oldest_version for t in self.trajectories if t.oldest_version >= 0]
+        return min(versions, default=self.start_version)
+
+
+PlayEpisode = Callable[[int, int], Awaitable[Trajectory]]
+"""`(group index, member) -> trajectory`."""
+
+
+async def play_group(
+    play: PlayEpisode, index: int, start_version: int, group_size: int
+) -> Group:
+    """Play a group's episodes at once. An episode that fails is left out and reported."""
+    outcomes = await asyncio.gather(
+        *(play(index, member) for member in range(group_size)), return_exceptions=True
+    )
+    trajectories, failures = [], []
+    for outcome in outcomes:
+        if isinstance(outcome, Trajectory):
+            trajectories.append(outcome)
+        elif isinstance(outcome, EnvironmentFailure | Unavailable):
+            failures.append(str(outcome))
+        else:
+            raise outcome
+    return Group(index, start_version, trajectories, failures)
+
+
+def has_signal(group: Group) -> bool:
+    """Whether the group's rewards differ, so that its advantages are not all zero."""
+    return len(group.trajectories) > 1 and bool(np.ptp(group.rewards) > 0)
+
+
+@dataclass
+class RolloutCounts:
+    """Since the start of the loop, in groups; `failed_episodes` in episodes."""
+
+    issued: int = 0
+    trained: int = 0
+    dropped_no_signal: int = 0
+    dropped_stale: int = 0
+    failed_episodes: int = 0
+
+
+class Rollouts:
+    """An async context manager around the group tasks; leaving it cancels those under way.
+
+    Args:
+        play: plays one episode.
+        groups_per_step: groups in a batch.
+        group_size: episodes in a group.
+        max_staleness: largest `learner version - version of the oldest token` trained on.
+        version: the learner's version now.
+        max_groups_in_flight: how many groups may play at once (None: as pacing allows).
+        keep: which finished groups are trained on; the others are counted and replaced.
+        first_index, redo: where group numbers go on, and those to play again, after a resume.
+        max_failures_in_a_row: `RolloutFailure` after so many failed episodes without a success.
+    """
+
+    def __init__(
+        self,
+        play: PlayEpisode,
+        *,
+        groups_per_step: int,
+        group_size: int,
+        max_staleness: int = 0,
+        version: int = 0,
+        max_groups_in_flight: int | None = None,
+        keep: Callable[[Group], bool] = has_signal,
+        first_index: int = 0,
+        redo: Sequence[int] = (),
+        max_failures_in_a_row: int = 64,
+    ) -> None:
+        self.play = play
+        self.groups_per_step = groups_per_step
+        self.group_size = group_size
+        self.max_staleness = max_staleness
+        self.max_groups_in_flight = max_groups_in_flight
+        self.keep = keep
+        self.max_failures_in_a_row = max_failures_in_a_row
+        self.counts = RolloutCounts()
+        self.on_group: Callable[[Group], None] = lambda group: None
+        self._version = self._first_version = version
+        self._fresh_index = first_index
+        self._redo = sorted(redo)
+        self._running: dict[asyncio.Task[Group], tuple[int, int]] = {}
+        self._ready: list[Group] = []
+        self._failures_in_a_row = 0
+
+    async def __aenter__(self) -> Rollouts:
+        self._issue()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        self._running.clear()
+
+    @property
+    def outstanding(self) -> list[int]:
+        """Numbers of the groups issued but not trained on or dropped, to be redone on a resume."""
+        running = (index for index, _ in self._running.values())
+        return sorted([*running, *(group.index for group in self._ready), *self._redo])
+
+    @property
+    def next_index(self) -> int:
+        """The first group number never issued."""
+        return self._fresh_index
+
+    def _indices(self) -> Iterator[int]:
+        while True:
+            if self._redo:
+                yield self._redo.pop(0)
+            else:
+                self._fresh_index += 1
+                yield self._fresh_index - 1
+
+    def _issue(self) -> None:
+        steps = self._version - self._first_version
+        allowed = (steps + self.max_staleness + 1) * self.groups_per_step
+        trained_or_pending = self.counts.trained + len(self._ready) + len(self._running)
+        room = allowed - trained_or_pending
+        if self.max_groups_in_flight is not None:
+            room = min(room, self.max_groups_in_flight - len(self._running))
+        for index in itertools.islice(self._indices(), max(room, 0)):
+            group = play_group(self.play, index, self._version, self.group_size)
+            task = asyncio.create_task(group, name=f"group-{index}")
+            self._running[task] = (index, self._version)
+            self.counts.issued += 1
+
+    def advance(self, version: int) -> None:
+        """Tell that the learner is at `version` now; starts what pacing allows."""
+        self._version = version
+        self._issue()
+
+    def _must_wait(self) -> bool:
+        due = self._version - self.max_staleness
+        overdue = any(started <= due for _, started in self._running.values())
+        return len(self._ready) < self.groups_per_step or overdue
+
+    async def next_batch(self) -> list[Group]:
+        """The next `groups_per_step` groups, oldest first.
+
+        Raises:
+            RolloutFailure: too many episodes failed in a row.
+        """
+        while self._must_wait():
+            done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+            # By number, so that a batch does not depend on which of two finished first.
+            for task in sorted(done, key=lambda t: self._running[t]):
+                del self._running[task]
+                self._take(task.result())
+            self._issue()
+        self._ready.sort(key=lambda group: (group.start_version, group.index))
+        batch = self._ready[: self.groups_per_step]
+        self._ready = self._ready[self.groups_per_step :]
+        self.counts.trained += len(batch)
+        return batch
+
+    def _take(self, group: Group) -> None:
+        self.on_group(group)
+        self.counts.failed_episodes += len(group.failures)
+        self._failures_in_a_row += len(group.failures)
+        if group.trajectories:
+            self._failures_in_a_row = 0
+        elif self._failures_in_a_row >= self.max_failures_in_a_row:
+            raise RolloutFailure(
+                f"{self._failures_in_a_row} episodes failed in a row; "
+                f"the last one:\n{group.failures[-1]}"
+            )
+        if self._version - group.oldest_version > self.max_staleness:
+            self.counts.dropped_stale += 1
+        elif not self.keep(group):
+            self.counts.dropped_no_signal += 1
+        else:
+            self._ready.append(group)
