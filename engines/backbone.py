@@ -12,11 +12,14 @@ E size of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..primitives.errors import InvalidInput
 from ..primitives.types import LoraConfig
@@ -62,6 +65,10 @@ class Backbone:
             path, dtype=dtype, attn_implementation="tinsmith"
         ).to(self.device)
         self.model.eval().requires_grad_(False)
+        self.layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in self.layers:
+            layer.gradient_checkpointing = True  # takes effect while layer.training is set
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self.config = config
         self.dtype = dtype
         self.num_layers: int = config.num_hidden_layers
@@ -92,14 +99,22 @@ class Backbone:
         )
 
     def hidden(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, spans: Sequence[Span]
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: Attention,
+        spans: Sequence[Span],
+        *,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Final normed hidden states `[T, D]` of the packed tokens (int64 `[T]`).
 
-        The spans stay in force until the next call, so that a backward pass that recomputes
-        (activation checkpointing) sees the same adapters.
+        `checkpointing` keeps only each layer's input for the backward pass and recomputes the
+        rest. The spans stay in force until the next call, so that it sees the same adapters.
         """
         self.lora.spans = spans
+        for layer in self.layers:
+            layer.training = checkpointing
         output = self.model.get_submodule("model")(
             input_ids=tokens_T[None],
             position_ids=positions_T[None],

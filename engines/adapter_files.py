@@ -1,0 +1,87 @@
+"""Adapters on disk, in PEFT's format: what PEFT saves is read here, and the other way round."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..primitives.errors import InvalidInput
+from .lora import AdapterLayout
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def write_adapter(layout: AdapterLayout, params: Tensor, base_model: str) -> dict[str, bytes]:
+    """The two files of a PEFT LoRA adapter, by name. `params` is the flat buffer."""
+    tensors = {}
+    for name, (a, b) in layout.views(params).items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": layout.config.rank,
+        "lora_alpha": layout.config.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": sorted({name.rpartition(".")[2] for name in layout.targets}),
+    }
+    return {
+        WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}),
+        CONFIG: json.dumps(config, indent=2).encode(),
+    }
+
+
+def read_adapter(files: Mapping[str, bytes], layout: AdapterLayout) -> Tensor:
+    """The flat float32 buffer `[layout.size]` of a PEFT adapter's files.
+
+    Raises:
+        InvalidInput: files or tensors missing, other shapes, another scale, NaN or inf.
+    """
+    for file in (WEIGHTS, CONFIG):
+        if file not in files:
+            raise InvalidInput(f"the adapter has no {file}: is it a PEFT LoRA folder?")
+    config = json.loads(files[CONFIG])
+    scale = config["lora_alpha"] / (
+        math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    )
+    if config["r"] != layout.config.rank or not math.isclose(scale, layout.scale):
+        raise InvalidInput(
+            f"the adapter has rank {config['r']} and scale {scale:g}, "
+            f"this run rank {layout.config.rank} and scale {layout.scale:g}"
+        )
+    tensors = safetensors.torch.load(files[WEIGHTS])
+    flat = torch.empty(layout.size)
+    for name, views in layout.views(flat).items():
+        for part, view in zip(("lora_A", "lora_B"), views, strict=True):
+            key = f"{_PREFIX}{name}.{part}.weight"
+            tensor = tensors.pop(key, None)
+            if tensor is None:
+                raise InvalidInput(f"the adapter has no tensor {key}")
+            if tensor.shape != view.shape:
+                raise InvalidInput(
+                    f"the adapter's {key} has shape {tuple(tensor.shape)}, "
+                    f"expected {tuple(view.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise InvalidInput(f"the adapter's {key} holds NaN or inf")
+            view.copy_(tensor)
+    if tensors:
+        raise InvalidInput(f"the adapter trains {min(tensors)}, which this run does not")
+    return flat

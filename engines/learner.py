@@ -1,0 +1,317 @@
+"""The learner's engine: forward, backward and optimizer steps of the LoRA runs of one base model.
+
+A batch is packed into forests (`packing.py`), each pass goes through the frozen base once, and
+only the rows whose logprob is wanted meet the unembedding. Gradients are added to the run's flat
+buffer once the whole batch has gone through and is finite, so a bad batch leaves it unchanged.
+
+Dimension names: T packed rows, N rows with a target, M (row, target) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..algorithms.losses import Loss, get_loss, ratio_metrics
+from ..primitives.errors import InvalidInput, NotFound
+from ..primitives.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    OptimStepResponse,
+)
+from ..primitives.validation import validate_datums
+from .backbone import Backbone
+from .lora import UNEMBED, Adapter, AdapterLayout, Span
+from .optimizer import AdamState, adam_step
+from .packing import Pack, pack_sequences
+from .target_logprobs import UnembedSpan, target_logprobs
+from .tree_attention import TreeAttention
+
+CHECKPOINTING_ROWS = 4096
+
+
+@dataclass(eq=False)
+class Run:
+    """A run's trainable state; `params`, `grad` and the moments are flat float32 `[layout.size]`."""
+
+    config: LoraConfig
+    layout: AdapterLayout
+    params: Tensor
+    grad: Tensor
+    adam: AdamState
+    version: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """A validated batch: per datum, its tokens, per-token inputs, and which logprobs to compute."""
+
+    datums: Sequence[Datum]
+    loss: Loss
+    config: dict[str, float]
+    inputs: list[dict[str, Tensor]]
+    needed: list[Tensor]
+    wanted: list[np.ndarray]
+
+
+class LearnerEngine:
+    """Not thread-safe: one call at a time.
+
+    Args:
+        backbone: the frozen base model.
+        max_pack_tokens: rows of one pass; bounds the memory that activations take.
+    """
+
+    def __init__(self, backbone: Backbone, *, max_pack_tokens: int = 2048) -> None:
+        self.backbone = backbone
+        self.max_pack_tokens = max_pack_tokens
+        self.runs: dict[str, Run] = {}
+
+    # ---- runs ----
+
+    def create_run(self, run_id: str, lora: LoraConfig) -> None:
+        layout = self.backbone.layout(lora)
+        params = layout.initial().to(self.backbone.device)
+        self.runs[run_id] = Run(
+            lora, layout, params, torch.zeros_like(params), AdamState.zeros(params)
+        )
+
+    def drop_run(self, run_id: str) -> None:
+        self.runs.pop(run_id, None)
+
+    def _run(self, run_id: str) -> Run:
+        if run_id not in self.runs:
+            raise NotFound(f"run {run_id!r} is not in this learner's memory")
+        return self.runs[run_id]
+
+    def export(self, run_id: str) -> Tensor:
+        """A copy of the run's flat parameters, on the CPU."""
+        return self._run(run_id).params.detach().to("cpu", copy=True)
+
+    def state(self, run_id: str) -> dict[str, Tensor]:
+        """Copies of everything that the run's next steps depend on, on the CPU."""
+        run = self._run(run_id)
+        return {
+            "params": self.export(run_id),
+            "exp_avg": run.adam.exp_avg.to("cpu", copy=True),
+            "exp_avg_sq": run.adam.exp_avg_sq.to("cpu", copy=True),
+            "step": torch.tensor(run.adam.step),
+        }
+
+    def load(
+        self, run_id: str, params: Tensor, state: Mapping[str, Tensor] | None, version: int | None
+    ) -> None:
+        """Replace the run's parameters, and its optimizer by `state` (None: a fresh one).
+
+        The accumulated gradient is dropped. `version=None` counts as a step, so that samplers
+        take the loaded weights for new.
+        """
+        run = self._run(run_id)
+        run.params.copy_(params)
+        run.grad.zero_()
+        run.adam = AdamState.zeros(run.params)
+        if state is not None:
+            run.adam.exp_avg.copy_(state["exp_avg"])
+            run.adam.exp_avg_sq.copy_(state["exp_avg_sq"])
+            run.adam.step = int(state["step"])
+        run.version = run.version + 1 if version is None else version
+
+    # ---- operations ----
+
+    def forward(
+        self,
+        run_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None = None,
+        logprobs: str = "all",
+    ) -> ForwardBackwardOutput:
+        """Loss and logprobs, no gradient. Errors as `forward_backward`."""
+        batch = self._batch(data, loss_fn, loss_fn_config, logprobs)
+        return self._through(self._run(run_id), batch, None)
+
+    def forward_backward(
+        self,
+        run_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None = None,
+        logprobs: str = "all",
+    ) -> ForwardBackwardOutput:
+        """Add the gradient of the summed loss to the run's accumulated gradient.
+
+        Raises:
+            InvalidInput: a bad datum or config, or a gradient that is not finite; the
+                accumulated gradient is unchanged.
+            NotFound: no such loss or run.
+        """
+        run = self._run(run_id)
+        batch = self._batch(data, loss_fn, loss_fn_config, logprobs)
+        grad = torch.zeros_like(run.grad)
+        output = self._through(run, batch, grad)
+        if not torch.isfinite(grad).all():
+            raise InvalidInput(
+                f"the gradient of {loss_fn!r} on this batch is not finite "
+                f"(loss {output.metrics['loss:sum']:g}); the run's gradient is unchanged. "
+                "Look for logprobs far from the policy's, or diverged weights"
+            )
+        run.grad += grad
+        return output
+
+    def optim_step(self, run_id: str, adam_params: AdamParams) -> OptimStepResponse:
+        """One Adam step on the accumulated gradient, which is zero afterwards."""
+        run = self._run(run_id)
+        norm = adam_step(run.params, run.grad, run.adam, adam_params)
+        run.grad.zero_()
+        run.version += 1
+        return OptimStepResponse(run.version, {"grad_norm": norm})
+
+    # ---- inside a pass ----
+
+    def _batch(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        logprobs: str,
+    ) -> _Batch:
+        loss = get_loss(loss_fn)
+        config = loss.fill_config(loss_fn_config)
+        backbone = self.backbone
+        validate_datums(data, loss.inputs, backbone.vocab_size, backbone.max_context)
+        inputs = [
+            {
+                name: torch.tensor(
+                    datum.loss_fn_inputs[name], dtype=torch.float32, device=backbone.device
+                )
+                for name in loss.inputs
+            }
+            for datum in data
+        ]
+        needed = [loss.needed(i, config) for i in inputs]
+        wanted = [
+            np.arange(d.model_input.length)
+            if logprobs == "all"
+            else np.flatnonzero(n.cpu().numpy())
+            for d, n in zip(data, needed, strict=True)
+        ]
+        return _Batch(data, loss, config, inputs, needed, wanted)
+
+    def _through(self, run: Run, batch: _Batch, grad: Tensor | None) -> ForwardBackwardOutput:
+        """Pass by pass; adds the gradient to `grad` (flat) if given."""
+        logprobs = [
+            np.full(d.model_input.length, np.nan, np.float32) if len(w) else None
+            for d, w in zip(batch.datums, batch.wanted, strict=True)
+        ]
+        used = [i for i, wanted in enumerate(batch.wanted) if len(wanted)]
+        # Tokens after the last wanted one change nothing.
+        sequences = [
+            batch.datums[i].model_input.tokens[: int(batch.wanted[i][-1]) + 1] for i in used
+        ]
+        total, rows = 0.0, 0
+        if used:
+            for pack in pack_sequences(sequences, self.max_pack_tokens):
+                members = [used[m] for m in pack.members]
+                total += self._pass(run, batch, pack, members, logprobs, grad)
+                rows += len(pack.tokens)
+        outputs = [
+            {"logprobs": np.full(d.model_input.length, np.nan, np.float32) if p is None else p}
+            for d, p in zip(batch.datums, logprobs, strict=True)
+        ]
+        metrics = {
+            "loss:sum": total,
+            "tokens:sum": float(sum(d.model_input.length for d in batch.datums)),
+            "packed_rows:sum": float(rows),
+            **self._ratio_metrics(batch, outputs),
+        }
+        return ForwardBackwardOutput(outputs, metrics)
+
+    def _pass(
+        self,
+        run: Run,
+        batch: _Batch,
+        pack: Pack,
+        members: list[int],
+        logprobs: list[np.ndarray | None],
+        grad: Tensor | None,
+    ) -> float:
+        """One pack forward (and backward); returns its loss and fills in its `logprobs`."""
+        device = self.backbone.device
+        pairs = [(pack.rows[k][batch.wanted[i]], i) for k, i in enumerate(members)]
+        rows_M = np.concatenate([rows for rows, _ in pairs])
+        targets_M = np.concatenate(
+            [batch.datums[i].loss_fn_inputs["target_tokens"][batch.wanted[i]] for i in members]
+        )
+        order = np.argsort(rows_M, kind="stable")
+        rows_N, pair_rows_M = np.unique(rows_M[order], return_inverse=True)
+        leaves = {
+            name: (a.detach().requires_grad_(), b.detach().requires_grad_())
+            for name, (a, b) in run.layout.views(run.params).items()
+        }
+        with torch.set_grad_enabled(grad is not None):
+            hidden_TD = self.backbone.hidden(
+                torch.from_numpy(pack.tokens).to(device),
+                torch.from_numpy(pack.positions).to(device),
+                TreeAttention(
+                    pack.segments,
+                    pack.paths,
+                    self.backbone.num_heads // self.backbone.num_kv_heads,
+                    device,
+                ),
+                [Span(0, len(pack.tokens), Adapter(run.layout, leaves))],
+                checkpointing=grad is not None and len(pack.tokens) > CHECKPOINTING_ROWS,
+            )
+            spans = []
+            if UNEMBED in leaves:
+                spans = [UnembedSpan(0, len(rows_N), run.layout.scale, *leaves[UNEMBED])]
+            sorted_M = target_logprobs(
+                hidden_TD[torch.from_numpy(rows_N).to(device)],
+                torch.from_numpy(pair_rows_M).to(device),
+                torch.from_numpy(targets_M[order]).to(device),
+                self.backbone.unembedding,
+                spans,
+            )
+            # Back to the order of the members.
+            p_M = sorted_M[torch.from_numpy(np.argsort(order)).to(device)]
+            inputs_M = {
+                name: torch.cat([batch.inputs[i][name][batch.wanted[i]] for i in members])
+                for name in batch.loss.inputs
+            }
+            needed_M = torch.cat([batch.needed[i][batch.wanted[i]] for i in members])
+            per_token_M = batch.loss.function(p_M, inputs_M, batch.config)
+            loss = torch.where(needed_M, per_token_M, 0.0).sum()
+            if grad is not None and bool(needed_M.any()):
+                self._add_gradient(run, loss, leaves, grad)
+        values, start = p_M.detach().cpu().numpy(), 0
+        for rows, i in pairs:
+            target = logprobs[i]
+            assert target is not None
+            target[batch.wanted[i]] = values[start : start + len(rows)]
+            start += len(rows)
+        return float(loss.detach())
+
+    @staticmethod
+    def _add_gradient(
+        run: Run, loss: Tensor, leaves: dict[str, tuple[Tensor, Tensor]], grad: Tensor
+    ) -> None:
+        flat_leaves = [leaf for pair in leaves.values() for leaf in pair]
+        parts = torch.autograd.grad(loss, flat_leaves)
+        views = [view for pair in run.layout.views(grad).values() for view in pair]
+        torch._foreach_add_(views, list(parts))
+
+    def _ratio_metrics(
+        self, batch: _Batch, outputs: list[dict[str, np.ndarray]]
+    ) -> dict[str, float]:
+        if "logprobs" not in batch.loss.inputs:
+            return {}
+        p = torch.from_numpy(np.concatenate([o["logprobs"] for o in outputs]))
+        inputs = {
+            name: torch.cat([i[name] for i in batch.inputs]).cpu() for name in batch.loss.inputs
+        }
+        return ratio_metrics(p, inputs, batch.config, torch.cat(batch.needed).cpu())
