@@ -149,7 +149,7 @@ def test_activation_checkpointing_changes_no_gradient(llama, monkeypatch):
     plain.forward_backward("a", datums, "ppo")
     monkeypatch.setattr(learner_module, "CHECKPOINTING_ROWS", 0)
     passes = []
-    hook = llama.layers[0].mlp.register_forward_hook(lambda *_: passes.append(1))
+    hook = llama.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     checkpointed.forward_backward("a", datums, "ppo")
     hook.remove()
     assert len(passes) == 2
