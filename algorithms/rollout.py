@@ -45,9 +45,7 @@ PlayEpisode = Callable[[int, int], Awaitable[Trajectory]]
 """`(group index, member) -> trajectory`."""
 
 
-async def play_group(
-    play: PlayEpisode, index: int, start_version: int, group_size: int
-) -> Group:
+async def play_group(play: PlayEpisode, index: int, start_version: int, group_size: int) -> Group:
     """Play a group's episodes at once. An episode that fails is left out and reported."""
     outcomes = await asyncio.gather(
         *(play(index, member) for member in range(group_size)), return_exceptions=True

@@ -85,9 +85,7 @@ class Backbone:
         for name, module in list(self.model.named_modules()):
             parent, _, leaf = name.rpartition(".")
             if isinstance(module, nn.Linear) and leaf in (*ATTN_TARGETS, *MLP_TARGETS, UNEMBED):
-                setattr(
-                    self.model.get_submodule(parent), leaf, LoraLinear(module, name, self.lora)
-                )
+                setattr(self.model.get_submodule(parent), leaf, LoraLinear(module, name, self.lora))
                 self.targets[name] = (module.in_features, module.out_features)
 
     def layout(self, config: LoraConfig) -> AdapterLayout:
