@@ -11,13 +11,10 @@ from typing import Any
 from ..primitives.client import ServiceClient
 from ..primitives.errors import InvalidInput, Unavailable
 from ..primitives.op import Op
+from ..primitives.paths import default_home
 from ..primitives.sync import SyncClient, run_blocking
 
 NAMESPACE = "tinsmith"
-
-
-def default_home() -> Path:
-    return Path(os.environ.get("TINSMITH_HOME", "~/.tinsmith")).expanduser()
 
 
 class Connection:
@@ -125,7 +122,7 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
     except BaseException:
         close()
         raise
-    return ServiceClient(handle, close)
+    return ServiceClient(handle, home, close)
 
 
 def _join_ray(address: str | None, options: dict[str, Any]) -> None:

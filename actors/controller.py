@@ -34,6 +34,7 @@ from .learner import Learner
 from .registry import Registry
 from .sampler import Sampler
 from .storage import Storage
+from .threads import ENGINE_ENV
 
 # Waiting operations are coroutines of the actor: let hundreds of clients keep hundreds each.
 MAX_WAITING_CALLS = 100_000
@@ -96,7 +97,7 @@ class Controller:
         async def start() -> RayHandle:
             actor = (
                 ray.remote(Learner)
-                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS)
+                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, runtime_env=ENGINE_ENV)
                 .remote(base_model, path, self.home, me, self.learner_threads)
             )
             handle = RayHandle(actor, "learner")
@@ -111,7 +112,7 @@ class Controller:
         async def start() -> RayHandle:
             actor = (
                 ray.remote(Sampler)
-                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS)
+                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, runtime_env=ENGINE_ENV)
                 .remote(
                     path,
                     name=base_model,

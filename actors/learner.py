@@ -33,6 +33,7 @@ from ..primitives.types import (
     TrainingInfo,
 )
 from .storage import Storage
+from .threads import set_engine_threads
 
 RESULTS_KEPT = 4096
 
@@ -89,8 +90,7 @@ class Learner:
         self.pump = asyncio.create_task(self._apply_logs())
 
     def _load(self) -> None:
-        if self.num_threads:
-            torch.set_num_threads(self.num_threads)
+        set_engine_threads(self.num_threads)
         self.engine = LearnerEngine(Backbone(self.model_path))
 
     async def _in_engine(self, function: Any, *args: Any) -> Any:
@@ -233,7 +233,7 @@ class Learner:
         response = self.engine.optim_step(log.run_id, adam_params)
         if not log.live:
             return response
-        publication = self._publication(log.run_id)
+        publication = self._publication(log.run_id, keep=False)
 
         async def publish() -> Any:
             await publication
@@ -243,7 +243,7 @@ class Learner:
 
     def _op_publish(self, log: RunLog, live: bool) -> Coroutine[Any, Any, PublishResponse]:
         log.live = log.live or live
-        return self._publication(log.run_id)
+        return self._publication(log.run_id, keep=not live)
 
     def _op_get_info(self, log: RunLog) -> TrainingInfo:
         backbone, run = self.engine.backbone, self.engine.runs[log.run_id]
@@ -277,7 +277,7 @@ class Learner:
         response = SaveResponse(path)
         if not log.live:
             return response
-        publication = self._publication(log.run_id)
+        publication = self._publication(log.run_id, keep=False)
 
         async def publish() -> SaveResponse:
             await publication
@@ -287,7 +287,7 @@ class Learner:
 
     # ---- publishing and checkpoints ----
 
-    def _publication(self, run_id: str) -> Coroutine[Any, Any, PublishResponse]:
+    def _publication(self, run_id: str, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
         run = self.engine.runs[run_id]
         flat, version, config = self.engine.export(run_id).numpy(), run.version, run.config
 
@@ -295,7 +295,7 @@ class Learner:
             started = time.perf_counter()
             if self.sampler is None:
                 self.sampler = await Op(self.controller.call("sampler_handle", self.base_model))
-            await Op(self.sampler.call("add_adapter", run_id, version, config, flat))
+            await Op(self.sampler.call("add_adapter", run_id, version, config, flat, keep))
             return PublishResponse(version, time.perf_counter() - started)
 
         return send()

@@ -36,14 +36,16 @@ def trajectory_datums(trajectory: Trajectory, advantage: float) -> list[Datum]:
     return [datum for datum in datums if datum is not None]
 
 
-def sampled_masks(trajectory: Trajectory) -> list[np.ndarray]:
-    """Per datum of `trajectory_datums`: which positions predict a sampled token, bool."""
-    masks = []
+def sampled_versions(trajectory: Trajectory) -> list[np.ndarray]:
+    """Per datum of `trajectory_datums`, the version that sampled each target token, int32; -1
+    where the target was not sampled."""
+    versions = []
     for segment in trajectory.segments:
         sampled = np.flatnonzero(segment.mask)
         if len(sampled) and sampled[-1] > 0:
-            masks.append(segment.mask[1 : int(sampled[-1]) + 1])
-    return masks
+            here = slice(1, int(sampled[-1]) + 1)
+            versions.append(np.where(segment.mask[here], segment.versions[here], -1))
+    return versions
 
 
 def truncated_importance_weights(

@@ -5,12 +5,16 @@
 batches. A group that would be too old after the next step is waited for, not thrown away:
 a batch takes the oldest groups first, and is not handed out while one that it must hold still
 plays. With `max_staleness=0` this is exactly the synchronous loop.
+
+`oversubscription` trades work for time: more groups are started than needed, none is waited for
+once a batch is full, and what is too old by then is dropped and counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -86,6 +90,7 @@ class Rollouts:
         group_size: episodes in a group.
         max_staleness: largest `learner version - version of the oldest token` trained on.
         version: the learner's version now.
+        oversubscription: groups started beyond what pacing allows, as a share of a batch.
         max_groups_in_flight: how many groups may play at once (None: as pacing allows).
         keep: which finished groups are trained on; the others are counted and replaced.
         first_index, redo: where group numbers go on, and those to play again, after a resume.
@@ -100,6 +105,7 @@ class Rollouts:
         group_size: int,
         max_staleness: int = 0,
         version: int = 0,
+        oversubscription: float = 0.0,
         max_groups_in_flight: int | None = None,
         keep: Callable[[Group], bool] = has_signal,
         first_index: int = 0,
@@ -110,6 +116,7 @@ class Rollouts:
         self.groups_per_step = groups_per_step
         self.group_size = group_size
         self.max_staleness = max_staleness
+        self.surplus = math.ceil(oversubscription * groups_per_step)
         self.max_groups_in_flight = max_groups_in_flight
         self.keep = keep
         self.max_failures_in_a_row = max_failures_in_a_row
@@ -119,6 +126,7 @@ class Rollouts:
         self._fresh_index = first_index
         self._redo = sorted(redo)
         self._running: dict[asyncio.Task[Group], tuple[int, int]] = {}
+        self._cancelled: set[asyncio.Task[Group]] = set()
         self._ready: list[Group] = []
         self._failures_in_a_row = 0
 
@@ -134,7 +142,7 @@ class Rollouts:
     ) -> None:
         for task in self._running:
             task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await asyncio.gather(*self._running, *self._cancelled, return_exceptions=True)
         self._running.clear()
 
     @property
@@ -160,7 +168,7 @@ class Rollouts:
         steps = self._version - self._first_version
         allowed = (steps + self.max_staleness + 1) * self.groups_per_step
         trained_or_pending = self.counts.trained + len(self._ready) + len(self._running)
-        room = allowed - trained_or_pending
+        room = allowed + self.surplus - trained_or_pending
         if self.max_groups_in_flight is not None:
             room = min(room, self.max_groups_in_flight - len(self._running))
         for index in itertools.islice(self._indices(), max(room, 0)):
@@ -172,12 +180,27 @@ class Rollouts:
     def advance(self, version: int) -> None:
         """Tell that the learner is at `version` now; starts what pacing allows."""
         self._version = version
+        if self.surplus:
+            self._drop_stale()
         self._issue()
+
+    def _drop_stale(self) -> None:
+        oldest = self._version - self.max_staleness
+        for task, (_, started) in list(self._running.items()):
+            if started < oldest:
+                del self._running[task]
+                task.cancel()
+                self._cancelled.add(task)
+                task.add_done_callback(self._cancelled.discard)
+                self.counts.dropped_stale += 1
+        fresh = [group for group in self._ready if group.oldest_version >= oldest]
+        self.counts.dropped_stale += len(self._ready) - len(fresh)
+        self._ready = fresh
 
     def _must_wait(self) -> bool:
         due = self._version - self.max_staleness
         overdue = any(started <= due for _, started in self._running.values())
-        return len(self._ready) < self.groups_per_step or overdue
+        return len(self._ready) < self.groups_per_step or (overdue and not self.surplus)
 
     async def next_batch(self) -> list[Group]:
         """The next `groups_per_step` groups, oldest first.

@@ -121,6 +121,11 @@ class Backbone:
         )
         return output.last_hidden_state[0]
 
+    def logits(self, hidden_ND: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Logits `[N, V]` of final hidden states; the spans are over these rows."""
+        self.lora.spans = spans
+        return self.model.get_submodule(UNEMBED)(hidden_ND)
+
     @property
     def unembedding(self) -> Tensor:
         """The frozen output matrix `[V, D]`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,19 +111,26 @@ class LoraContext:
         self.spans: Sequence[Span] = ()
 
 
+def _forward(x_TI, weight_OI, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
+    y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+    projected = []
+    for (start, stop, scale), a_RI, b_OR in zip(spans, factors[::2], factors[1::2], strict=True):
+        xa_SR = x_TI[start:stop] @ a_RI.to(x_TI.dtype).T
+        y_TO[start:stop].addmm_(xa_SR, b_OR.to(x_TI.dtype).T, alpha=scale)
+        projected.append(xa_SR)
+    return y_TO, projected
+
+
+def _without_gradient(*args: Any) -> Tensor:
+    return _forward(*args)[0]
+
+
 class _LoraLinear(torch.autograd.Function):
     """`y = x W' + scale x A' B'` by spans; the frozen base saves nothing of its own."""
 
     @staticmethod
     def forward(ctx, x_TI, weight_OI, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
-        y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias_O)
-        projected = []
-        for (start, stop, scale), a_RI, b_OR in zip(
-            spans, factors[::2], factors[1::2], strict=True
-        ):
-            xa_SR = x_TI[start:stop] @ a_RI.to(x_TI.dtype).T
-            y_TO[start:stop].addmm_(xa_SR, b_OR.to(x_TI.dtype).T, alpha=scale)
-            projected.append(xa_SR)
+        y_TO, projected = _forward(x_TI, weight_OI, bias_O, spans, *factors)
         ctx.spans = spans
         ctx.save_for_backward(x_TI, weight_OI, *factors, *projected)
         return y_TO
@@ -166,5 +174,6 @@ class LoraLinear(nn.Module):
         if not spans:
             return torch.nn.functional.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
-        y = _LoraLinear.apply(flat, self.weight, self.bias, tuple(spans), *factors)
+        apply = _LoraLinear.apply if torch.is_grad_enabled() else _without_gradient
+        y = apply(flat, self.weight, self.bias, spans, *factors)
         return y.view(*x.shape[:-1], self.out_features)

@@ -413,9 +413,12 @@ class EnvClient(HasSync):
 
 
 class ServiceClient(HasSync):
-    """The way in, made by `tinsmith.connect()`."""
+    """The way in, made by `tinsmith.connect()`. `home` is where the service keeps its files."""
 
-    def __init__(self, controller: Handle, on_close: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, controller: Handle, home: str, on_close: Callable[[], None] | None = None
+    ) -> None:
+        self.home = home
         self._controller = controller
         self._on_close = on_close
 

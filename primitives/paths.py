@@ -1,15 +1,23 @@
-"""Checkpoint paths: `tinker://<run>/weights/<name>` and `tinker://<run>/sampler_weights/<name>`."""
+"""Where things are kept. Checkpoints: `tinker://<run>/weights/<name>` (with optimizer) and
+`tinker://<run>/sampler_weights/<name>`."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import InvalidInput
 
 SCHEME = "tinker://"
 KINDS = ("weights", "sampler_weights")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
+
+
+def default_home() -> Path:
+    """Where everything is kept unless told otherwise: `$TINSMITH_HOME`, else `~/.tinsmith`."""
+    return Path(os.environ.get("TINSMITH_HOME", "~/.tinsmith")).expanduser()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""Key/value memory of the torch sampler: blocks of tokens, counted, shared and reused.
+
+`BlockPool` keeps the books: which blocks are free, who uses the others, which finished blocks
+may be reused by a request that starts with the same tokens under the same weights. `KVCache`
+holds the numbers. Dimension names: G key/value heads, E size of a head.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def chain_key(parent: bytes, tokens: np.ndarray) -> bytes:
+    """Name of the block that holds `tokens` after the block named `parent`."""
+    return blake2b(tokens.astype(np.int64).tobytes(), key=parent, digest_size=16).digest()
+
+
+class BlockPool:
+    """Blocks by number. Memory is promised at admission (`reserve`) and taken as it is needed, so
+    that a request once admitted always finds its blocks."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.reserved = 0
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._users = [0] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # unused but reusable, oldest first
+
+    @property
+    def available(self) -> int:
+        """Blocks that may still be promised."""
+        return len(self._free) + len(self._idle) - self.reserved
+
+    @property
+    def in_use(self) -> int:
+        return self.num_blocks - len(self._free) - len(self._idle)
+
+    def reserve(self, count: int) -> None:
+        self.reserved += count
+
+    def take_new(self) -> int:
+        """A block for writing, out of what was reserved."""
+        if not self._free:
+            oldest, _ = self._idle.popitem(last=False)
+            del self._block_of[self._key_of.pop(oldest)]
+            self._free.append(oldest)
+        block = self._free.pop()
+        self._users[block] = 1
+        self.reserved -= 1
+        return block
+
+    def find(self, key: bytes) -> int | None:
+        return self._block_of.get(key)
+
+    def share(self, block: int) -> None:
+        """One more user of a finished block."""
+        self._idle.pop(block, None)
+        self._users[block] += 1
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Make a finished block findable, unless an equal one is already."""
+        if key not in self._block_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def release(self, block: int) -> None:
+        self._users[block] -= 1
+        if self._users[block] == 0:
+            if block in self._key_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+
+
+class KVCache:
+    """Keys and values per layer, each `[G * blocks, block_size * E]`, head-major, so that the
+    blocks of a sequence are gathered per head by one row selection."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size, self.num_blocks = block_size, num_blocks
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        shape = (num_kv_heads * num_blocks, block_size * head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.device = device
+
+    def block_rows(self, blocks: np.ndarray) -> Tensor:
+        """Rows of `keys` for blocks `[...]`, heads first: int64 `[G * size]`."""
+        heads = np.arange(self.num_kv_heads)[:, None] * self.num_blocks
+        return torch.from_numpy((heads + blocks.reshape(1, -1)).reshape(-1)).to(self.device)
+
+    def slot_rows(self, slots: np.ndarray) -> Tensor:
+        """Rows of `keys` viewed as single tokens, heads first: int64 `[G * len(slots)]`."""
+        heads = np.arange(self.num_kv_heads)[:, None] * (self.num_blocks * self.block_size)
+        return torch.from_numpy((heads + slots[None]).reshape(-1)).to(self.device)
+
+    def write(self, layer: int, rows: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
+        for store, x_GTE in ((self.keys, k_GTE), (self.values, v_GTE)):
+            flat = store[layer].view(-1, self.head_dim)
+            flat.index_copy_(0, rows, x_GTE.reshape(-1, self.head_dim))
+
+    def gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks given by `block_rows`, each `[len(rows) * block_size, E]`."""
+        return tuple(  # type: ignore[return-value]
+            store[layer].index_select(0, rows).view(-1, self.head_dim)
+            for store in (self.keys, self.values)
+        )
+
+    def copy_block(self, source: int, target: int) -> None:
+        heads = torch.arange(self.num_kv_heads, device=self.device) * self.num_blocks
+        for store in (*self.keys, *self.values):
+            store[heads + target] = store[heads + source]

@@ -1,0 +1,604 @@
+"""The embedded sampling engine: continuous batching over a paged cache, in plain torch.
+
+Each step runs one packed pass: one row for every sequence that draws a token, and as many prompt
+rows as fit. Requests join when their worst case fits into the cache's memory and leave when they
+are done. A new adapter version takes effect at the next step, also for requests under way: their
+cache is kept, every token says which version drew it, and blocks that mix versions are not reused.
+
+Dimension names: T rows of the step, N rows whose logits are needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..primitives.errors import InvalidInput, OutOfCapacity
+from ..primitives.types import (
+    LoraConfig,
+    SampledSequence,
+    SampledToken,
+    SampleRequest,
+    SampleResponse,
+    StopReason,
+)
+from .adapter_store import AdapterKey, AdapterStore
+from .backbone import Backbone
+from .kv_cache import BlockPool, KVCache, chain_key
+from .lora import Adapter, Span
+from .sampling import draw, uniforms
+from .step_attention import Chunk, StepAttention
+
+LOGIT_ROWS = 256
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One sample of a request. `cached` tokens of `tokens` have their keys and values stored."""
+
+    request: _Request
+    index: int
+    tokens: list[int]
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    stop_reason: StopReason | None = None
+    weights: AdapterKey | None = None  # those that the cache was computed with
+    mixed: bool = False
+    published: int = 0  # blocks
+    last_key: bytes = b""
+
+
+@dataclass(eq=False)
+class _Request:
+    number: int
+    request: SampleRequest
+    seed: int
+    max_tokens: int
+    stop_tokens: frozenset[int]
+    streaming: bool
+    blocks_needed: int
+    sequences: list[_Sequence] = field(default_factory=list)
+    reserved: int = 0
+    hits: int = 0
+    prompt_logprobs: np.ndarray | None = None
+    topk: list[list[tuple[int, float]] | None] | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt)
+
+
+@dataclass(frozen=True, eq=False)
+class Event:
+    """Something a request's caller waits for: a drawn token, the response, or an error."""
+
+    request: int
+    token: SampledToken | None = None
+    response: SampleResponse | None = None
+    error: BaseException | None = None
+
+
+@dataclass
+class SamplerStats:
+    steps: int = 0
+    prompt_tokens: int = 0  # computed, not taken from the cache
+    cached_prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    requests: int = 0
+    waiting: int = 0
+    running: int = 0
+    blocks_in_use: int = 0
+    num_blocks: int = 0
+
+
+class SamplerEngine:
+    """Not thread-safe: one call at a time.
+
+    Args:
+        backbone: the frozen base model.
+        tokenizer: for end tokens and stop strings.
+        kv_bytes: memory for keys and values.
+        max_batch: sequences that draw at once.
+        max_step_rows: rows of one pass.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Any,
+        *,
+        kv_bytes: int,
+        block_size: int = 16,
+        max_batch: int = 256,
+        max_step_rows: int = 768,
+    ) -> None:
+        self.backbone, self.tokenizer = backbone, tokenizer
+        self.block_size, self.max_batch, self.max_step_rows = block_size, max_batch, max_step_rows
+        token_bytes = (
+            2 * backbone.num_layers * backbone.num_kv_heads * backbone.head_dim
+        ) * torch.empty((), dtype=backbone.dtype).element_size()
+        num_blocks = kv_bytes // (token_bytes * block_size)
+        if num_blocks < 1:
+            raise OutOfCapacity(
+                f"kv_bytes={kv_bytes} holds not one block of {block_size} tokens "
+                f"({token_bytes * block_size} bytes)"
+            )
+        self.pool = BlockPool(num_blocks)
+        self.cache = KVCache(
+            backbone.num_layers,
+            backbone.num_kv_heads,
+            backbone.head_dim,
+            block_size,
+            num_blocks,
+            backbone.dtype,
+            backbone.device,
+        )
+        self.adapters = AdapterStore()
+        self.end_tokens = _end_tokens(backbone, tokenizer)
+        self.stats = SamplerStats(num_blocks=num_blocks)
+        self._numbers = itertools.count()
+        self._waiting: deque[_Request] = deque()
+        self._prompting: list[_Request] = []
+        self._drawing: list[_Sequence] = []
+        self._events: list[Event] = []
+
+    # ---- adapters ----
+
+    def add_adapter(
+        self, run_id: str, version: int, config: LoraConfig, flat: Tensor, keep: bool = True
+    ) -> None:
+        """Hold a version (flat float32 parameters); it becomes the run's newest. `keep=False`
+        lets it go once a newer one is there and no request uses it."""
+        layout = self.backbone.layout(config)
+        if flat.shape != (layout.size,):
+            raise InvalidInput(
+                f"adapter of run {run_id!r}: {tuple(flat.shape)} parameters, expected {layout.size}"
+            )
+        flat = flat.to(self.backbone.device, self.backbone.dtype)
+        self.adapters.add(run_id, version, Adapter.from_flat(layout, flat), keep)
+        self._sweep()
+
+    def drop_run(self, run_id: str) -> None:
+        self.adapters.drop_run(run_id)
+        for request in [*self._waiting, *self._running()]:
+            if request.request.policy.run_id == run_id:
+                self.cancel(request.number)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        policies = [r.request.policy for r in (*self._waiting, *self._running())]
+        self.adapters.sweep({self.adapters.resolve(policy) for policy in policies})
+
+    # ---- requests ----
+
+    def _running(self) -> list[_Request]:
+        drawing = {s.request.number: s.request for s in self._drawing}
+        return [*self._prompting, *drawing.values()]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._prompting or self._drawing or self._events)
+
+    def submit(self, request: SampleRequest, streaming: bool = False) -> int:
+        """Queue a request; `step()` returns its events under the number returned here.
+
+        Raises:
+            InvalidInput: token ids out of range, or beyond the model's context.
+            NotFound: the policy is not held.
+            OutOfCapacity: it could never fit into the cache.
+        """
+        length, params = len(request.prompt), request.params
+        outside = request.prompt >= self.backbone.vocab_size
+        if outside.any():
+            position = int(outside.argmax())
+            raise InvalidInput(
+                f"prompt holds token {request.prompt[position]} at position {position}, "
+                f"outside the vocabulary of {self.backbone.vocab_size}"
+            )
+        context = self.backbone.max_context
+        max_tokens = params.max_tokens or context - length
+        if length + max_tokens > context or max_tokens < 1:
+            raise InvalidInput(
+                f"a prompt of {length} tokens and max_tokens={params.max_tokens} do not fit "
+                f"into the model's context of {context}"
+            )
+        self.adapters.resolve(request.policy)
+        shared = length // self.block_size
+        # The last token drawn is never fed back.
+        longest = -(-(length + max_tokens - 1) // self.block_size)
+        needed = shared + request.num_samples * max(longest - shared, 1)
+        if needed > self.pool.num_blocks:
+            raise OutOfCapacity(
+                f"{request.num_samples} samples of up to {length + max_tokens} tokens need "
+                f"{needed} cache blocks, the sampler has {self.pool.num_blocks}; lower "
+                "num_samples or max_tokens, or give it more kv_bytes"
+            )
+        number = next(self._numbers)
+        stops = frozenset(params.stop_tokens) if params.stop is not None else self.end_tokens
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        entry = _Request(number, request, seed, max_tokens, stops, streaming, needed)
+        entry.sequences.append(_Sequence(entry, 0, request.prompt.tolist()))
+        if request.prompt_logprobs:
+            entry.prompt_logprobs = np.full(length, np.nan, np.float32)
+        if request.topk_prompt_logprobs:
+            entry.topk = [None] * length
+        self._waiting.append(entry)
+        self.stats.requests += 1
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Drop a request and free its memory; it yields no more events."""
+        for entry in list(self._waiting):
+            if entry.number == number:
+                self._waiting.remove(entry)
+        for entry in self._running():
+            if entry.number == number:
+                self._free(entry)
+        self._events = [event for event in self._events if event.request != number]
+
+    def fail_all(self, error: BaseException) -> None:
+        """After a step that raised: every request under way gets the error."""
+        for entry in self._running():
+            self._free(entry)
+            self._events.append(Event(entry.number, error=error))
+
+    def _free(self, entry: _Request) -> None:
+        for sequence in entry.sequences:
+            for block in sequence.blocks:
+                self.pool.release(block)
+            sequence.blocks = []
+        self.pool.reserved -= entry.reserved
+        entry.reserved = 0
+        self._prompting = [r for r in self._prompting if r is not entry]
+        self._drawing = [s for s in self._drawing if s.request is not entry]
+
+    # ---- a step ----
+
+    def step(self) -> list[Event]:
+        """Run one pass and return what came of it (also when nothing is left to do)."""
+        self._admit()
+        if self._prompting or self._drawing:
+            with torch.inference_mode():
+                self._pass()
+        self.stats.waiting = len(self._waiting)
+        self.stats.running = len(self._running())
+        self.stats.blocks_in_use = self.pool.in_use
+        events, self._events = self._events, []
+        return events
+
+    def _admit(self) -> None:
+        places = self.max_batch - sum(r.request.num_samples for r in self._running())
+        while self._waiting:
+            entry = self._waiting[0]
+            crowded = entry.request.num_samples > places and self._running()
+            if crowded or entry.blocks_needed > self.pool.available:
+                return
+            self._waiting.popleft()
+            places -= entry.request.num_samples
+            self.pool.reserve(entry.blocks_needed)
+            entry.reserved = entry.blocks_needed
+            self._prompting.append(entry)
+
+    def _take_block(self, sequence: _Sequence) -> None:
+        sequence.blocks.append(self.pool.take_new())
+        sequence.request.reserved -= 1
+
+    def _weights(self, sequence: _Sequence) -> AdapterKey:
+        """The weights that this sequence runs under now; notes a swap."""
+        key = self.adapters.resolve(sequence.request.request.policy)
+        if sequence.weights not in (None, key):
+            sequence.mixed = True
+        sequence.weights = key
+        return key
+
+    def _reuse_prefix(self, sequence: _Sequence) -> None:
+        """Start a prompt with the blocks that are cached already."""
+        entry = sequence.request
+        key = repr(self._weights(sequence)).encode()[:64]
+        sequence.last_key = key
+        if entry.prompt_logprobs is not None:
+            return  # needs the hidden states of the whole prompt
+        size = self.block_size
+        for start in range(0, entry.prompt_length - size, size):
+            key = chain_key(key, entry.request.prompt[start : start + size])
+            block = self.pool.find(key)
+            if block is None:
+                break
+            self.pool.share(block)
+            self.pool.reserved -= 1
+            entry.reserved -= 1
+            sequence.blocks.append(block)
+            sequence.cached += size
+            sequence.published += 1
+            sequence.last_key = key
+        entry.hits = sequence.cached
+        self.stats.cached_prompt_tokens += sequence.cached
+
+    def _plan_prompts(self, room: int) -> list[tuple[_Sequence, int]]:
+        """Which prompts go on this step, and by how many tokens."""
+        planned: list[tuple[_Sequence, int]] = []
+        under_way: set[bytes] = set()
+        for entry in self._prompting:
+            sequence = entry.sequences[0]
+            if room <= 0:
+                break
+            if sequence.weights is None and entry.prompt_length > self.block_size:
+                # Another request computes the same beginning just now: share it next step.
+                first = chain_key(
+                    repr(self.adapters.resolve(entry.request.policy)).encode()[:64],
+                    entry.request.prompt[: self.block_size],
+                )
+                waits = first in under_way and entry.prompt_logprobs is None
+                if waits and self._gains_by_waiting(entry, planned):
+                    continue
+                under_way.add(first)
+            if sequence.weights is None:
+                self._reuse_prefix(sequence)
+            count = min(entry.prompt_length - sequence.cached, room)
+            planned.append((sequence, count))
+            room -= count
+        return planned
+
+    def _gains_by_waiting(
+        self, entry: _Request, planned: list[tuple[_Sequence, int]]
+    ) -> bool:
+        """Whether a prompt under way will leave a block that is not cached yet and fits here."""
+        size, prompt = self.block_size, entry.request.prompt
+        for other, count in planned:
+            theirs = other.request.request.prompt
+            stop = min(len(theirs), len(prompt))
+            differs = np.flatnonzero(theirs[:stop] != prompt[:stop])
+            common = int(differs[0]) if len(differs) else stop
+            done = min(other.cached + count, (common // size) * size, len(prompt) - 1)
+            if done // size * size > other.cached and not other.mixed:
+                return True
+        return False
+
+    def _pass(self) -> None:
+        prompts = self._plan_prompts(self.max_step_rows - len(self._drawing))
+        order = {
+            id(s): (self._weights(s), s.blocks) for s in (*self._drawing, *(s for s, _ in prompts))
+        }
+        drawing = sorted(self._drawing, key=lambda s: order[id(s)])
+        counts = {id(s): n for s, n in prompts}
+        # Rows of one adapter stand together: its drawing sequences, then its prompts.
+        members = sorted(
+            [*drawing, *(s for s, _ in prompts)],
+            key=lambda s: (order[id(s)][0], id(s) in counts),
+        )
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        decode_rows: list[int] = []
+        chunks: list[Chunk] = []
+        stops: list[tuple[_Sequence, int]] = []  # sequence, its last row + 1
+        for s in members:
+            count = counts.get(id(s), 1)
+            end = s.cached + count
+            while len(s.blocks) * self.block_size < end:
+                self._take_block(s)
+            if id(s) in counts:
+                chunks.append(Chunk(len(tokens), len(tokens) + count, s.blocks, end))
+                self.stats.prompt_tokens += count
+            else:
+                decode_rows.append(len(tokens))
+            for position in range(s.cached, end):
+                tokens.append(s.tokens[position])
+                positions.append(position)
+                block, offset = divmod(position, self.block_size)
+                slots.append(s.blocks[block] * self.block_size + offset)
+            stops.append((s, len(tokens)))
+        spans = self._spans([(order[id(s)][0], stop) for s, stop in stops])
+        attention = StepAttention(
+            self.cache,
+            np.array(slots),
+            np.array(decode_rows, np.int64),
+            [s.blocks for s in drawing],
+            [s.cached + 1 for s in drawing],
+            chunks,
+            self.backbone.num_heads // self.backbone.num_kv_heads,
+        )
+        device = self.backbone.device
+        hidden_TD = self.backbone.hidden(
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            attention,
+            spans,
+        )
+        self.stats.steps += 1
+        self._prompt_logprobs(members, stops, counts, hidden_TD, spans)
+        for s, _ in stops:
+            s.cached += counts.get(id(s), 1)
+            self._publish_blocks(s)
+        ready = [(s, stop - 1) for s, stop in stops if s.cached == len(s.tokens)]
+        self._prompting = [r for r in self._prompting if r.sequences[0].cached < r.prompt_length]
+        if ready:
+            self._draw(ready, hidden_TD, spans)
+
+    def _spans(self, stops: list[tuple[AdapterKey, int]]) -> list[Span]:
+        spans, start = [], 0
+        for key, group in itertools.groupby(stops, key=lambda item: item[0]):
+            stop = list(group)[-1][1]
+            adapter = self.adapters.adapter(key)
+            if adapter is not None:
+                spans.append(Span(start, stop, adapter))
+            start = stop
+        return spans
+
+    def _logits(
+        self, hidden_TD: Tensor, rows: np.ndarray, spans: list[Span]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Logits of ascending rows, some at a time."""
+        for first in range(0, len(rows), LOGIT_ROWS):
+            here = rows[first : first + LOGIT_ROWS]
+            local = [
+                Span(*np.searchsorted(here, [span.start, span.stop]).tolist(), span.adapter)
+                for span in spans
+            ]
+            selected = hidden_TD[torch.from_numpy(here).to(hidden_TD.device)]
+            logits = self.backbone.logits(selected, [s for s in local if s.stop > s.start])
+            yield slice(first, first + len(here)), logits
+
+    def _publish_blocks(self, s: _Sequence) -> None:
+        size = self.block_size
+        while not s.mixed and (s.published + 1) * size <= s.cached:
+            start = s.published * size
+            s.last_key = chain_key(s.last_key, np.array(s.tokens[start : start + size]))
+            self.pool.publish(s.blocks[s.published], s.last_key)
+            s.published += 1
+
+    def _prompt_logprobs(
+        self,
+        members: list[_Sequence],
+        stops: list[tuple[_Sequence, int]],
+        counts: dict[int, int],
+        hidden_TD: Tensor,
+        spans: list[Span],
+    ) -> None:
+        """Logprobs of the prompt tokens that follow this step's prompt rows."""
+        for s, stop in stops:
+            entry = s.request
+            if id(s) not in counts or entry.prompt_logprobs is None:
+                continue
+            first = s.cached  # of the sequence's tokens, before this step
+            count = min(counts[id(s)], entry.prompt_length - 1 - first)
+            rows = np.arange(stop - counts[id(s)], stop - counts[id(s)] + count)
+            for part, logits in self._logits(hidden_TD, rows, spans):
+                logprobs = logits.float().log_softmax(-1)
+                position = first + part.start + 1
+                here = slice(position, position + len(logprobs))
+                targets = torch.from_numpy(entry.request.prompt[here]).to(logprobs.device)
+                chosen = logprobs.gather(1, targets[:, None])[:, 0]
+                entry.prompt_logprobs[here] = chosen.cpu().numpy()
+                if entry.topk is not None:
+                    values, ids = logprobs.topk(entry.request.topk_prompt_logprobs)
+                    entry.topk[here] = [
+                        list(zip(i, v, strict=True))
+                        for i, v in zip(ids.tolist(), values.tolist(), strict=True)
+                    ]
+
+    def _draw(
+        self, ready: list[tuple[_Sequence, int]], hidden_TD: Tensor, spans: list[Span]
+    ) -> None:
+        """Draw the next token of every sequence in `ready` (with its row), and settle them."""
+        rows = np.array([row for _, row in ready])
+        for part, logits in self._logits(hidden_TD, rows, spans):
+            drawers: list[_Sequence] = []
+            source: list[int] = []
+            for position, (s, _) in enumerate(ready[part]):
+                first_token = len(s.tokens) == s.request.prompt_length
+                family = self._fork(s) if first_token else [s]
+                drawers += family
+                source += [position] * len(family)
+            if len(drawers) > len(logits):
+                logits = logits[torch.tensor(source, device=logits.device)]
+            params = [s.request.request.params for s in drawers]
+            tokens, logprobs = draw(
+                logits,
+                np.array([p.temperature for p in params]),
+                np.array([p.top_k for p in params]),
+                np.array([p.top_p for p in params]),
+                uniforms(
+                    np.array([s.request.seed for s in drawers], np.uint64),
+                    np.array([s.index for s in drawers], np.uint64),
+                    np.array([len(s.logprobs) for s in drawers], np.uint64),
+                ),
+            )
+            for s, token, logprob in zip(drawers, tokens.tolist(), logprobs.tolist(), strict=True):
+                self._settle(s, token, logprob)
+
+    def _fork(self, first: _Sequence) -> list[_Sequence]:
+        """The prompt is cached: make the request's other samples, sharing its full blocks."""
+        entry = first.request
+        full = entry.prompt_length // self.block_size
+        for index in range(1, entry.request.num_samples):
+            twin = _Sequence(
+                entry,
+                index,
+                list(first.tokens),
+                first.blocks[:full],
+                first.cached,
+                weights=first.weights,
+                mixed=first.mixed,
+                published=first.published,
+                last_key=first.last_key,
+            )
+            for block in twin.blocks:
+                self.pool.share(block)
+            entry.sequences.append(twin)
+            if len(first.blocks) > full:
+                self._take_block(twin)
+                self.cache.copy_block(first.blocks[full], twin.blocks[full])
+        self._drawing += entry.sequences
+        return list(entry.sequences)
+
+    def _settle(self, s: _Sequence, token: int, logprob: float) -> None:
+        entry = s.request
+        assert s.weights is not None
+        s.tokens.append(token)
+        s.logprobs.append(logprob)
+        s.versions.append(s.weights[1])
+        self.stats.sampled_tokens += 1
+        if token in entry.stop_tokens or self._ends_with_stop_string(s):
+            s.stop_reason = "stop"
+        elif len(s.logprobs) == entry.max_tokens:
+            s.stop_reason = "length"
+        if entry.streaming:
+            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason)
+            self._events.append(Event(entry.number, token=drawn))
+        if s.stop_reason is None:
+            return
+        self._drawing.remove(s)
+        for block in s.blocks:
+            self.pool.release(block)
+        s.blocks = []
+        if all(other.stop_reason for other in entry.sequences):
+            self._free(entry)
+            self._events.append(Event(entry.number, response=self._response(entry)))
+
+    def _ends_with_stop_string(self, s: _Sequence) -> bool:
+        stops = s.request.request.params.stop_strings
+        if not stops:
+            return False
+        # Every token adds at least one byte, so older ones cannot take part in a new match.
+        reach = max(len(stop.encode()) for stop in stops) + 4
+        drawn = s.tokens[s.request.prompt_length :][-reach:]
+        text = self.tokenizer.decode(drawn, skip_special_tokens=False)
+        return any(stop in text for stop in stops)
+
+    def _response(self, entry: _Request) -> SampleResponse:
+        sequences = [
+            SampledSequence(
+                np.array(s.tokens[entry.prompt_length :], np.int64),
+                np.array(s.logprobs, np.float32),
+                np.array(s.versions, np.int32),
+                s.stop_reason or "length",
+            )
+            for s in entry.sequences
+        ]
+        return SampleResponse(sequences, entry.prompt_logprobs, entry.topk, entry.hits)
+
+
+def _end_tokens(backbone: Backbone, tokenizer: Any) -> frozenset[int]:
+    """End tokens of the tokenizer and of the model's own generation settings."""
+    generation = getattr(backbone.model, "generation_config", None)
+    ends = {tokenizer.eos_token_id}
+    for source in (backbone.config.eos_token_id, getattr(generation, "eos_token_id", None)):
+        ends |= set(source) if isinstance(source, list) else {source}
+    return frozenset(end for end in ends if end is not None)
+
+
+def default_kv_bytes(free_bytes: int) -> int:
+    """A quarter of the free memory, at most 4 GiB."""
+    return min(free_bytes // 4, 4 << 30)
+

@@ -1,0 +1,202 @@
+"""Attention of one sampling step over the paged cache.
+
+Sequences that draw one token each are treated together. Blocks that several of them share (a
+common prompt) are attended to once, as one matrix product for all of them; what is each
+sequence's own is gathered side by side; the parts are combined by their log-sum-exps (Juravsky et
+al., "Hydragen", 2024). Prompt chunks attend each for itself.
+
+Dimension names: T rows of the step, B decoding sequences, S rows of a chunk, L cached tokens,
+H query heads, G key/value heads, Q = H / G, E size of a head.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .kv_cache import KVCache
+
+MIN_BLOCKS_SAVED = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Rows `[start, stop)` of the step go on a sequence with these blocks; `length` tokens of it
+    are cached once they are written."""
+
+    start: int
+    stop: int
+    blocks: Sequence[int]
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """Decoding sequences `[start, stop)` share the blocks gathered by `rows`."""
+
+    start: int
+    stop: int
+    rows: Tensor
+
+
+def shared_prefixes(
+    tables: Sequence[Sequence[int]], full: Sequence[int]
+) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """Where neighbouring block tables (sorted) share blocks worth treating together.
+
+    Only the first `full[i]` blocks of table i may be shared. Returns `(start, stop, first block,
+    last block + 1)` per shared piece, and per table how many leading blocks the pieces cover.
+    """
+    pieces: list[tuple[int, int, int, int]] = []
+    covered = [0] * len(tables)
+    todo = [(0, len(tables), 0)]
+    while todo:
+        start, stop, depth = todo.pop()
+        groups: dict[int, list[int]] = defaultdict(list)
+        for i in range(start, stop):
+            if depth < full[i]:
+                groups[tables[i][depth]].append(i)
+        for members in groups.values():
+            first, last = members[0], members[-1]
+            if len(members) < 2 or last - first + 1 != len(members):
+                continue
+            end, limit = depth + 1, min(full[i] for i in members)
+            # Sorted tables agree where the first and the last do.
+            while end < limit and tables[first][end] == tables[last][end]:
+                end += 1
+            if (len(members) - 1) * (end - depth) >= MIN_BLOCKS_SAVED:
+                pieces.append((first, last + 1, depth, end))
+                covered[first : last + 1] = [end] * len(members)
+                todo.append((first, last + 1, end))
+    return pieces, covered
+
+
+class StepAttention:
+    """An `Attention` for one step.
+
+    Args:
+        cache: where keys and values are.
+        slots: per row of the step, the cache slot (block * block_size + offset) of its token.
+        decode_rows: the step's rows that belong to decoding sequences.
+        tables, lengths: their blocks and cached tokens (this step's included), tables sorted.
+        chunks: the prompt chunks.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        slots: np.ndarray,
+        decode_rows: np.ndarray,
+        tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        chunks: Sequence[Chunk],
+        queries_per_key: int,
+    ) -> None:
+        self.cache, self.queries_per_key = cache, queries_per_key
+        self.write_rows = cache.slot_rows(slots)
+        self.decode_rows = torch.from_numpy(decode_rows).to(cache.device)
+        self.num_decoding = len(tables)
+        if tables:
+            self._plan_decoding(tables, lengths)
+        self.chunks = [
+            (
+                chunk,
+                cache.block_rows(np.array(chunk.blocks)),
+                None if chunk.stop - chunk.start == chunk.length else self._mask(chunk),
+            )
+            for chunk in chunks
+        ]
+
+    def _plan_decoding(self, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+        size = self.cache.block_size
+        full = [(length - 1) // size for length in lengths]
+        pieces, covered = shared_prefixes(tables, full)
+        self.shared = [
+            _Shared(start, stop, self.cache.block_rows(np.array(tables[start][a:b])))
+            for start, stop, a, b in pieces
+        ]
+        own = [table[skip:] for table, skip in zip(tables, covered, strict=True)]
+        width = max(map(len, own))
+        padded = np.zeros((len(own), width), np.int64)
+        for i, blocks in enumerate(own):
+            padded[i, : len(blocks)] = blocks
+        self.own_rows = self.cache.block_rows(padded)
+        own_lengths = np.array(lengths) - size * np.array(covered)
+        hidden = np.arange(width * size)[None] >= own_lengths[:, None]
+        bias = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), -torch.inf)
+        self.own_bias_B1L = bias[:, None].to(self.cache.device)
+
+    def _mask(self, chunk: Chunk) -> Tensor:
+        """Bool `[Q S, L]`."""
+        rows = chunk.stop - chunk.start
+        mask = torch.ones(rows, chunk.length, dtype=torch.bool, device=self.cache.device)
+        return mask.tril_(chunk.length - rows).repeat(self.queries_per_key, 1)
+
+    def __call__(
+        self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, scale: float
+    ) -> Tensor:
+        self.cache.write(layer, self.write_rows, k_GTE, v_GTE)
+        heads, total, size = q_HTE.shape
+        out_THE = q_HTE.new_empty(total, heads, size)
+        if self.num_decoding:
+            q_GQBE = q_HTE[:, self.decode_rows].view(-1, self.queries_per_key, self.num_decoding, size)
+            q_GBQE = (q_GQBE.transpose(1, 2) * scale).contiguous()
+            out_GBQE = self._decode(layer, q_GBQE)
+            out_THE[self.decode_rows] = out_GBQE.permute(1, 0, 2, 3).reshape(-1, heads, size)
+        for chunk, rows, mask in self.chunks:
+            q_HSE = q_HTE[:, chunk.start : chunk.stop]
+            out_HSE = self._prompt(layer, q_HSE, chunk, rows, mask, scale)
+            out_THE[chunk.start : chunk.stop] = out_HSE.transpose(0, 1)
+        return out_THE
+
+    def _decode(self, layer: int, q_GBQE: Tensor) -> Tensor:
+        groups, batch, per_key, size = q_GBQE.shape
+        k, v = self.cache.gather(layer, self.own_rows)
+        k, v = (x.view(groups * batch, -1, size) for x in (k, v))
+        bias = self.own_bias_B1L.expand(batch, per_key, -1).repeat(groups, 1, 1)
+        scores = torch.baddbmm(bias, q_GBQE.view(-1, per_key, size), k.transpose(1, 2))
+        if not self.shared:
+            return (scores.softmax(-1) @ v).view(q_GBQE.shape)
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = (scores.sub_(lse).exp_() @ v).view(q_GBQE.shape)
+        lse = lse.view(groups, batch, per_key, 1)
+        for shared in self.shared:
+            here = slice(shared.start, shared.stop)
+            k, v = (x.view(groups, -1, size) for x in self.cache.gather(layer, shared.rows))
+            scores = q_GBQE[:, here].reshape(groups, -1, size) @ k.transpose(1, 2)
+            part_lse = scores.logsumexp(-1, keepdim=True)
+            part = (scores.sub_(part_lse).exp_() @ v).view(groups, -1, per_key, size)
+            part_lse = part_lse.view(groups, -1, per_key, 1)
+            both = torch.logaddexp(lse[:, here], part_lse)
+            out[:, here] *= (lse[:, here] - both).exp_()
+            out[:, here] += part.mul_((part_lse - both).exp_())
+            lse[:, here] = both
+        return out
+
+    def _prompt(
+        self,
+        layer: int,
+        q_HSE: Tensor,
+        chunk: Chunk,
+        rows: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        groups, size = self.cache.num_kv_heads, self.cache.head_dim
+        k, v = (
+            x.view(1, groups, -1, size)[:, :, : chunk.length]
+            for x in self.cache.gather(layer, rows)
+        )
+        if mask is None:
+            return scaled_dot_product_attention(
+                q_HSE[None], k, v, is_causal=True, scale=scale, enable_gqa=self.queries_per_key > 1
+            )[0]
+        folded = q_HSE.reshape(1, groups, -1, size)
+        out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+        return out.view(q_HSE.shape)
