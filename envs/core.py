@@ -56,7 +56,7 @@ class Env:
         """
         raise NotImplementedError
 
-    def close(self) -> None | Awaitable[None]:
+    def close(self) -> Awaitable[None] | None:
         """Free what the episode held."""
 
 

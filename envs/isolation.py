@@ -148,7 +148,7 @@ class _Server:
         module = f"{__package__}.fork_server"
         arguments = [json.dumps([str(path) for path in sys.path]), module, str(theirs.fileno())]
         # Hundreds of environments with a thread pool each would only fight for the cores.
-        threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, *arguments],
@@ -247,9 +247,7 @@ class EnvProcess:
         """Hang up, upon which the server kills the process and all that it started."""
         self.writer.transport.abort()
 
-    async def _call(
-        self, method: str, arguments: dict[str, Any], seconds: float
-    ) -> dict[str, Any]:
+    async def _call(self, method: str, arguments: dict[str, Any], seconds: float) -> dict[str, Any]:
         where = f"environment {self.server.name!r}"
         doing = f"step {self.steps}" if method == "step" else method
         try:
@@ -263,7 +261,9 @@ class EnvProcess:
             death = await self.server.death()
             raise (death if self.server.loaded else _LoadFailed(death)) from None
         if "died" in reply:
-            raise EnvironmentFailure(f"{where}: its process {_describe_exit(reply['died'])} in {doing}")
+            raise EnvironmentFailure(
+                f"{where}: its process {_describe_exit(reply['died'])} in {doing}"
+            )
         if "failed" in reply:
             raise self._failure(where, doing, reply)
         return reply
