@@ -111,17 +111,19 @@ class _Server:
         self.poll = select.poll()
         self.poll.register(self.control, select.POLLIN)
         self.poll.register(self.wakeup, select.POLLIN)
-        while True:
-            for fd, _ in self.poll.poll():
-                if fd == self.wakeup.fileno():
-                    self._reap()
-                elif fd == self.control.fileno():
-                    if not self._accept():
-                        for pid in self.children:
-                            _kill_group(pid)
-                        return
-                else:
-                    self._drop(fd)
+        open_for_more = True
+        while open_for_more:
+            ready = {fd for fd, _ in self.poll.poll()}
+            # In this order, so that no descriptor of this poll is closed and given out again
+            # before its own event has been seen to.
+            for fd in ready - {self.wakeup.fileno(), self.control.fileno()}:
+                self._drop(fd)
+            if self.wakeup.fileno() in ready:
+                self._reap()
+            if self.control.fileno() in ready:
+                open_for_more = self._accept()
+        for pid in self.children:
+            _kill_group(pid)
 
     def _accept(self) -> bool:
         """Fork a child for each socket received; False once the worker is gone."""

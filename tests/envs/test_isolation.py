@@ -41,7 +41,7 @@ async def play(pool: EnvPool, actions: list[str], **options) -> str:
     ],
 )
 async def test_a_misbehaving_environment_costs_only_its_own_episode(pool, action, told):
-    limits = dict(step_seconds=1.0, memory_bytes=256 << 20)
+    limits = {"step_seconds": 1.0, "memory_bytes": 256 << 20}
     await play(pool, [])  # the module is imported: from here on time limits are a step's
     outcomes = await asyncio.gather(
         play(pool, ["hello", "more"], **limits),
@@ -139,3 +139,18 @@ async def gone(pid: int) -> None:
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline, f"process {pid} still runs"
         await asyncio.sleep(0.01)
+
+
+async def test_many_failing_episodes_leave_their_neighbours_alone(pool):
+    turns = {"exit": ["exit"], "raise": ["raise"], "fine": ["hello"]}
+    names = list(turns) * 20
+    outcomes = await asyncio.gather(
+        *(play(pool, turns[name]) for name in names), return_exceptions=True
+    )
+    for name, outcome in zip(names, outcomes, strict=True):
+        if name == "fine":
+            assert outcome == "you said hello"
+        else:
+            told = {"exit": "exited with code 7 in step 1", "raise": "raised in step 1"}[name]
+            assert isinstance(outcome, EnvironmentFailure)
+            assert told in str(outcome)
