@@ -1,0 +1,42 @@
+"""Floor 2: environments, and what plays the model's turns into them.
+
+Names are loaded when first used: environment processes import this room by the dozen.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .check import check_env
+    from .core import Env
+    from .episode import EpisodeLimits, EpisodeSpec, play_episode
+    from .isolation import EnvPool
+    from .registry import make, names, register
+    from .renderer import ChatRenderer, Conversation
+    from .tools import ToolEnv, ToolSet
+
+_HOME_OF = {
+    "ChatRenderer": "renderer",
+    "Conversation": "renderer",
+    "Env": "core",
+    "EnvPool": "isolation",
+    "EpisodeLimits": "episode",
+    "EpisodeSpec": "episode",
+    "ToolEnv": "tools",
+    "ToolSet": "tools",
+    "check_env": "check",
+    "make": "registry",
+    "names": "registry",
+    "play_episode": "episode",
+    "register": "registry",
+}
+
+__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,181 @@
+"""Messages to tokens by the model's own chat template, and never back again.
+
+A conversation is one growing token sequence. What comes after a sampled turn is found by
+rendering the whole conversation as text: where the text so far, sampled text included, is a
+prefix of it, only the new suffix is tokenized and appended. Where the template rewrites its past
+(Qwen3's drops the reasoning of earlier turns), a new segment begins with the whole rendered text.
+Either way the sampled tokens stay as they were sampled.
+
+Dimension names: T tokens of a segment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..primitives.client import load_tokenizer
+from ..primitives.errors import InvalidInput
+from ..primitives.types import Message, SampledSequence, Segment
+
+
+class ChatRenderer:
+    """Renders conversations for one model.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        max_context: tokens that the model takes, None if not known.
+        template_kwargs: further variables of the chat template (`enable_thinking=False`, ...).
+
+    Raises:
+        InvalidInput: the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_context: int | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InvalidInput(
+                "the model's tokenizer has no chat template, so messages cannot be rendered; "
+                "use an instruction-tuned model, or save a template with the tokenizer"
+            )
+        self.tokenizer = tokenizer
+        self.max_context = max_context
+        self.template_kwargs = dict(template_kwargs or {})
+
+    @classmethod
+    def from_model(cls, model_path: str) -> ChatRenderer:
+        """The renderer of a resolved model folder."""
+        config = json.loads((Path(model_path) / "config.json").read_text())
+        return cls(load_tokenizer(model_path), config.get("max_position_embeddings"))
+
+    def start(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> Conversation:
+        """A conversation whose next turn is the model's."""
+        return Conversation(self, messages, tools)
+
+    def text(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> str:
+        """The prompt for the model's next turn.
+
+        Raises:
+            InvalidInput: the chat template refuses these messages.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=None if tools is None else list(tools),
+                add_generation_prompt=True,
+                tokenize=False,
+                **self.template_kwargs,
+            )
+        except Exception as error:  # a template may fail in any way that jinja can
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise InvalidInput(
+                f"the chat template refuses a conversation of the roles {roles}: {error}"
+            ) from error
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of rendered text: special tokens in it count as such, none are added."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: np.ndarray, *, special: bool) -> str:
+        return self.tokenizer.decode(
+            tokens.tolist(), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+
+
+class Conversation:
+    """One growing conversation: `prompt` goes to the sampler, its answer to `add_turn`, what the
+    environment says to `add_messages`, and so on. Tokens, mask, logprobs and versions grow
+    together and so line up."""
+
+    def __init__(
+        self,
+        renderer: ChatRenderer,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        self.renderer = renderer
+        self.tools = tools
+        self.messages: list[Message] = list(messages)
+        self._finished: list[_Open] = []
+        self._text = renderer.text(self.messages, tools)
+        self._open = _Open(renderer.tokens(self._text))
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """Tokens up to here, int64 `[T]`."""
+        return np.asarray(self._open.tokens, np.int64)
+
+    def __len__(self) -> int:
+        """T of `prompt`."""
+        return len(self._open.tokens)
+
+    def add_turn(self, sequence: SampledSequence) -> str:
+        """Append the sampled turn; returns its text without special tokens."""
+        self._text += self.renderer.decode(sequence.tokens, special=True)
+        action = self.renderer.decode(sequence.tokens, special=False)
+        self._open.sample(sequence)
+        self.messages.append({"role": "assistant", "content": action})
+        return action
+
+    def add_messages(self, messages: Sequence[Message], *, last: bool = False) -> None:
+        """Append what the environment said. `last`: no turn of the model follows, so that only
+        the transcript needs it."""
+        self.messages.extend(messages)
+        if last:
+            return
+        text = self.renderer.text(self.messages, self.tools)
+        if text.startswith(self._text):
+            self._open.give(self.renderer.tokens(text[len(self._text) :]))
+        else:
+            self._finished.append(self._open)
+            self._open = _Open(self.renderer.tokens(text))
+        self._text = text
+
+    def segments(self) -> list[Segment]:
+        """Every segment in which something was sampled."""
+        return [s.segment() for s in (*self._finished, self._open) if s.sampled]
+
+
+class _Open:
+    """A segment that still grows."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.tokens: list[int] = []
+        self.mask: list[bool] = []
+        self.logprobs: list[float] = []
+        self.versions: list[int] = []
+        self.sampled = False
+        self.give(prompt)
+
+    def give(self, tokens: Sequence[int]) -> None:
+        self.tokens.extend(tokens)
+        self.mask.extend([False] * len(tokens))
+        self.logprobs.extend([0.0] * len(tokens))
+        self.versions.extend([-1] * len(tokens))
+
+    def sample(self, sequence: SampledSequence) -> None:
+        self.tokens.extend(sequence.tokens.tolist())
+        self.mask.extend([True] * len(sequence.tokens))
+        self.logprobs.extend(sequence.logprobs.tolist())
+        self.versions.extend(sequence.versions.tolist())
+        self.sampled = self.sampled or len(sequence.tokens) > 0
+
+    def segment(self) -> Segment:
+        return Segment(
+            np.asarray(self.tokens, np.int64),
+            np.asarray(self.mask, bool),
+            np.asarray(self.logprobs, np.float32),
+            np.asarray(self.versions, np.int32),
+        )
