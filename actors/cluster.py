@@ -128,9 +128,7 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
 def _join_ray(address: str | None, options: dict[str, Any]) -> None:
     import ray
 
-    common = dict(
-        namespace=NAMESPACE, log_to_driver=options["verbose"], logging_level="ERROR"
-    )
+    common = dict(namespace=NAMESPACE, log_to_driver=options["verbose"], logging_level="ERROR")
     try:
         if address is None:
             ray.init(

@@ -207,9 +207,7 @@ class Controller:
         files = await asyncio.to_thread(self.storage.read, CheckpointPath.parse(path).folder)
         version = manifest["version"]
         await Op(
-            sampler.call(
-                "add_adapter_files", path, version, LoraConfig(**manifest["lora"]), files
-            )
+            sampler.call("add_adapter_files", path, version, LoraConfig(**manifest["lora"]), files)
         )
         policy = PolicyRef(path, version)
         return await self.grant_sampler(manifest["base_model"], policy)

@@ -293,9 +293,11 @@ class Learner:
 
         async def send() -> PublishResponse:
             started = time.perf_counter()
-            if self.sampler is None:
-                self.sampler = await Op(self.controller.call("sampler_handle", self.base_model))
-            await Op(self.sampler.call("add_adapter", run_id, version, config, flat, keep))
+            sampler: Handle = self.sampler or await Op(
+                self.controller.call("sampler_handle", self.base_model)
+            )
+            self.sampler = sampler
+            await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
             return PublishResponse(version, time.perf_counter() - started)
 
         return send()
@@ -371,4 +373,3 @@ async def _finish(outcome: Coroutine[Any, Any, Any], future: asyncio.Future[Any]
         raise
     else:
         future.set_result(result)
-

@@ -49,7 +49,9 @@ class Sampler:
     ) -> None:
         self.name = name
         set_engine_threads(num_threads)
-        memory = default_kv_bytes(psutil.virtual_memory().available) if kv_bytes is None else kv_bytes
+        memory = (
+            default_kv_bytes(psutil.virtual_memory().available) if kv_bytes is None else kv_bytes
+        )
         self.engine = SamplerEngine(
             Backbone(model_path), load_tokenizer(model_path), kv_bytes=memory
         )
@@ -159,9 +161,7 @@ class Sampler:
         self, run_id: str, version: int, config: LoraConfig, files: Mapping[str, bytes]
     ) -> None:
         """Take a version from its PEFT files."""
-        params = await asyncio.to_thread(
-            read_adapter, files, self.engine.backbone.layout(config)
-        )
+        params = await asyncio.to_thread(read_adapter, files, self.engine.backbone.layout(config))
         await self._in_engine(self.engine.add_adapter, run_id, version, config, params, True)
 
     async def drop_run(self, run_id: str) -> None:

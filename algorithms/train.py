@@ -199,9 +199,7 @@ async def resume(
     run_id, config = load_run(folder)
     if steps is not None:
         config = replace(config, steps=steps)
-    saved = [
-        c for c in await service.list_checkpoints(run_id) if "loop" in c.user_metadata
-    ]
+    saved = [c for c in await service.list_checkpoints(run_id) if "loop" in c.user_metadata]
     if not saved:
         raise NotFound(f"run {run_id} has no checkpoint to go on from")
     newest = max(saved, key=lambda c: c.user_metadata["loop"]["step"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +62,14 @@ class Backbone:
             )
         self.path = str(path)
         self.device = torch.device(device)
-        self.model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="tinsmith"
-        ).to(self.device)
+        )
+        self.model: nn.Module = model.to(self.device)
         self.model.eval().requires_grad_(False)
-        self.layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self.layers: list[Any] = [
+            m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)
+        ]
         for layer in self.layers:
             layer.gradient_checkpointing = True  # takes effect while layer.training is set
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
@@ -129,4 +133,4 @@ class Backbone:
     @property
     def unembedding(self) -> Tensor:
         """The frozen output matrix `[V, D]`."""
-        return self.model.get_submodule(UNEMBED).weight
+        return self.model.get_parameter(f"{UNEMBED}.weight")

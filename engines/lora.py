@@ -165,7 +165,8 @@ class LoraLinear(nn.Module):
         self.name, self.context = name, context
 
     def forward(self, x: Tensor) -> Tensor:
-        spans, factors = [], []
+        spans: list[tuple[int, int, float]] = []
+        factors: list[Tensor] = []
         for span in self.context.spans:
             weights = span.adapter.weights.get(self.name)
             if weights is not None:

@@ -11,6 +11,7 @@ multi-turn conversation. Dimension names: T packed rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def pack_sequences(sequences: Sequence[np.ndarray], max_rows: int) -> list[Pack]
     order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i].tolist()))
     packs, current, rows = [], [order[0]], len(sequences[order[0]])
     shared = [0]
-    for previous, index in zip(order, order[1:], strict=False):
+    for previous, index in itertools.pairwise(order):
         prefix = common_prefix(sequences[previous], sequences[index])
         added = len(sequences[index]) - prefix
         if rows + added > max_rows:

@@ -349,9 +349,7 @@ class SamplerEngine:
             room -= count
         return planned
 
-    def _gains_by_waiting(
-        self, entry: _Request, planned: list[tuple[_Sequence, int]]
-    ) -> bool:
+    def _gains_by_waiting(self, entry: _Request, planned: list[tuple[_Sequence, int]]) -> bool:
         """Whether a prompt under way will leave a block that is not cached yet and fits here."""
         size, prompt = self.block_size, entry.request.prompt
         for other, count in planned:
@@ -441,12 +439,13 @@ class SamplerEngine:
         """Logits of ascending rows, some at a time."""
         for first in range(0, len(rows), LOGIT_ROWS):
             here = rows[first : first + LOGIT_ROWS]
-            local = [
-                Span(*np.searchsorted(here, [span.start, span.stop]).tolist(), span.adapter)
-                for span in spans
-            ]
+            local = []
+            for span in spans:
+                start, stop = np.searchsorted(here, [span.start, span.stop]).tolist()
+                if stop > start:
+                    local.append(Span(start, stop, span.adapter))
             selected = hidden_TD[torch.from_numpy(here).to(hidden_TD.device)]
-            logits = self.backbone.logits(selected, [s for s in local if s.stop > s.start])
+            logits = self.backbone.logits(selected, local)
             yield slice(first, first + len(here)), logits
 
     def _publish_blocks(self, s: _Sequence) -> None:
@@ -477,7 +476,7 @@ class SamplerEngine:
                 logprobs = logits.float().log_softmax(-1)
                 position = first + part.start + 1
                 here = slice(position, position + len(logprobs))
-                targets = torch.from_numpy(entry.request.prompt[here]).to(logprobs.device)
+                targets = torch.tensor(entry.request.prompt[here], device=logprobs.device)
                 chosen = logprobs.gather(1, targets[:, None])[:, 0]
                 entry.prompt_logprobs[here] = chosen.cpu().numpy()
                 if entry.topk is not None:
@@ -601,4 +600,3 @@ def _end_tokens(backbone: Backbone, tokenizer: Any) -> frozenset[int]:
 def default_kv_bytes(free_bytes: int) -> int:
     """A quarter of the free memory, at most 4 GiB."""
     return min(free_bytes // 4, 4 << 30)
-

@@ -145,7 +145,9 @@ class StepAttention:
         heads, total, size = q_HTE.shape
         out_THE = q_HTE.new_empty(total, heads, size)
         if self.num_decoding:
-            q_GQBE = q_HTE[:, self.decode_rows].view(-1, self.queries_per_key, self.num_decoding, size)
+            q_GQBE = q_HTE[:, self.decode_rows].view(
+                -1, self.queries_per_key, self.num_decoding, size
+            )
             q_GBQE = (q_GQBE.transpose(1, 2) * scale).contiguous()
             out_GBQE = self._decode(layer, q_GBQE)
             out_THE[self.decode_rows] = out_GBQE.permute(1, 0, 2, 3).reshape(-1, heads, size)

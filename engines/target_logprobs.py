@@ -73,14 +73,13 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_ND, rows_M, targets_M, w_VD, bounds, *factors):  # type: ignore[no-untyped-def]
         chunks = _chunks(len(h_ND), bounds)
-        edges = torch.searchsorted(
-            rows_M, torch.tensor([start for start, _, _ in chunks], device=rows_M.device)
-        ).tolist() + [len(rows_M)]
+        starts = torch.tensor([start for start, _, _ in chunks], device=rows_M.device)
+        edges = [*torch.searchsorted(rows_M, starts).tolist(), len(rows_M)]
         p_M = torch.empty(len(rows_M), dtype=torch.float32, device=h_ND.device)
         lse_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
         grads = any(ctx.needs_input_grad)
         mean_w_ND = torch.empty_like(h_ND) if grads else None
-        mean_b = [None] * len(bounds)
+        mean_b: list[Tensor] = []
         if grads:
             mean_b = [
                 torch.empty(stop - start, b.shape[1], dtype=b.dtype, device=b.device)

@@ -469,9 +469,7 @@ class ServiceClient(HasSync):
             "create_run", run_id, None, None, path, True, dict(user_metadata or {})
         )
 
-    def resume_training_client(
-        self, run_id: str, *, path: str | None = None
-    ) -> Op[TrainingClient]:
+    def resume_training_client(self, run_id: str, *, path: str | None = None) -> Op[TrainingClient]:
         """Go on with a run: as its learner has it in memory, or else from `path` (default: its
         newest `weights` checkpoint), optimizer included. With `path`, always from there.
 

@@ -220,7 +220,9 @@ class SampleRequest:
         if self.num_samples < 1:
             raise InvalidInput(f"num_samples must be at least 1, got {self.num_samples}")
         if self.topk_prompt_logprobs < 0:
-            raise InvalidInput(f"topk_prompt_logprobs must be >= 0, got {self.topk_prompt_logprobs}")
+            raise InvalidInput(
+                f"topk_prompt_logprobs must be >= 0, got {self.topk_prompt_logprobs}"
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-
 import tinsmith
+import torch
 from tinsmith.algorithms.losses import get_loss, loss_names, ratio_metrics
 
 

@@ -6,16 +6,15 @@ import numpy as np
 import peft
 import pytest
 import safetensors.torch
-import torch
-from transformers import AutoModelForCausalLM
-
 import tinsmith
+import torch
 from tinsmith.algorithms.losses import get_loss
 from tinsmith.engines import learner as learner_module
 from tinsmith.engines.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
 from tinsmith.primitives.types import AdamParams, Datum, LoraConfig
+from transformers import AutoModelForCausalLM
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 LORA = LoraConfig(rank=4, seed=1)

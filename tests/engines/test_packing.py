@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tinsmith.engines.packing import pack_sequences
 
 sequences_strategy = st.lists(
@@ -21,7 +22,7 @@ def test_every_row_sees_exactly_its_sequences_prefix(lists, max_rows):
         assert sum(pack.segments) == len(pack.tokens) == len(pack.positions)
         assert len(pack.members) == 1 or len(pack.tokens) <= max_rows
         bounds = np.cumsum([0, *pack.segments])
-        segment_rows = [list(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+        segment_rows = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
         sees = {}
         for index, path in enumerate(pack.paths):
             before = [row for ancestor in path for row in segment_rows[ancestor]]

@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all their own set-up; see README.md.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.setup-done
+
+.PHONY: setup test lint format demo bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(f"Tinsmith needs Python 3.11 or newer, $(PYTHON) is {v}; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@echo "setting up .venv (a few minutes, once)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --disable-pip-version-check -q --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PY) -m tests.typecheck
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+demo: setup
+	$(PY) examples/tool_use.py $(ARGS)
+
+bench: setup
+	$(PY) benchmarks/run_all.py $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
