@@ -122,6 +122,7 @@ class _Server:
                 self._reap()
             if self.control.fileno() in ready:
                 open_for_more = self._accept()
+        signal.set_wakeup_fd(-1)
         for pid in self.children:
             _kill_group(pid)
 
