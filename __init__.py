@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .actors.cluster import connect
+    from .algorithms.evaluate import EvalResult, evaluate
+    from .algorithms.train import TrainConfig, TrainResult, Watcher, resume, train
+    from .engines.models import resolve_model
+    from .envs.episode import EpisodeLimits, EpisodeSpec
     from .primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
     from .primitives.errors import (
         EnvironmentFailure,
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from .primitives.op import Op
+    from .primitives.paths import default_home
     from .primitives.types import (
         AdamParams,
         Checkpoint,
@@ -46,6 +51,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "actors.cluster": ["connect"],
+    "algorithms.evaluate": ["EvalResult", "evaluate"],
+    "algorithms.train": ["TrainConfig", "TrainResult", "Watcher", "resume", "train"],
+    "engines.models": ["resolve_model"],
+    "envs.episode": ["EpisodeLimits", "EpisodeSpec"],
     "primitives.client": ["EnvClient", "SamplingClient", "ServiceClient", "TrainingClient"],
     "primitives.errors": [
         "EnvironmentFailure",
@@ -58,6 +67,7 @@ _HOMES = {
         "Unavailable",
     ],
     "primitives.op": ["Op"],
+    "primitives.paths": ["default_home"],
     "primitives.types": [
         "AdamParams",
         "Checkpoint",

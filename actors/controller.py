@@ -65,7 +65,7 @@ class Controller:
 
     async def _model_path(self, base_model: str) -> str:
         if base_model not in self.paths:
-            path = str(await asyncio.to_thread(models.resolve, base_model, self.home))
+            path = str(await asyncio.to_thread(models.resolve_model, base_model, self.home))
             facts = await asyncio.to_thread(models.model_facts, path)
             if facts.family not in SUPPORTED_FAMILIES:
                 raise InvalidInput(

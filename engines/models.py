@@ -70,7 +70,7 @@ def local_models(home: str | Path) -> list[tuple[str, ModelFacts]]:
     return found
 
 
-def resolve(base_model: str, home: str | Path, progress: Progress = lambda _: None) -> Path:
+def resolve_model(base_model: str, home: str | Path, progress: Progress = lambda _: None) -> Path:
     """The folder of a base model, fetched into `<home>/models` if need be.
 
     In this order: a local folder; a name in the models folder (`org/name` is kept there as

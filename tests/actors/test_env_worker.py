@@ -4,15 +4,15 @@ import asyncio
 
 import pytest
 import ray
+
+from tests.envs.misbehaving import Misbehaving
+from tests.envs.scripted import Scripted
+from tests.tiny import tiny_tokenizer
 from tinsmith.actors.env_worker import EnvWorker
 from tinsmith.actors.handle import RayHandle
 from tinsmith.envs import EpisodeSpec, register
 from tinsmith.primitives.client import EnvClient
 from tinsmith.primitives.errors import EnvironmentFailure
-
-from tests.envs.misbehaving import Misbehaving
-from tests.envs.scripted import Scripted
-from tests.tiny import tiny_tokenizer
 
 ENV = "tests.envs.misbehaving:Misbehaving"
 

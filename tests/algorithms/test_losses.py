@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tinsmith
 import torch
+
+import tinsmith
 from tinsmith.algorithms.losses import get_loss, loss_names, ratio_metrics
 
 

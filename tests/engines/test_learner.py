@@ -6,15 +6,16 @@ import numpy as np
 import peft
 import pytest
 import safetensors.torch
-import tinsmith
 import torch
+from transformers import AutoModelForCausalLM
+
+import tinsmith
 from tinsmith.algorithms.losses import get_loss
 from tinsmith.engines import learner as learner_module
 from tinsmith.engines.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
 from tinsmith.primitives.types import AdamParams, Datum, LoraConfig
-from transformers import AutoModelForCausalLM
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 LORA = LoraConfig(rank=4, seed=1)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tinsmith.engines.packing import pack_sequences
 
 sequences_strategy = st.lists(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from tinsmith.primitives.types import SampledSequence, SampleResponse, SamplingParams
 
 

@@ -4,13 +4,13 @@ import pickle
 
 import numpy as np
 import pytest
+
+from tests.envs.scripted import Scripted
+from tests.tiny import tiny_tokenizer
 from tinsmith.envs import ChatRenderer, Env, EnvPool, EpisodeLimits, EpisodeSpec, play_episode
 from tinsmith.envs.registry import register
 from tinsmith.primitives.errors import EnvironmentFailure, InvalidInput, NotFound
 from tinsmith.primitives.types import SamplingParams
-
-from tests.envs.scripted import Scripted
-from tests.tiny import tiny_tokenizer
 
 ENV = "tests.envs.misbehaving:Misbehaving"
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tinsmith.envs.fork_server import EnvSource
 from tinsmith.envs.isolation import EnvPool
 from tinsmith.primitives.errors import EnvironmentFailure, InvalidInput, NotFound

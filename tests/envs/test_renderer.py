@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tinsmith.envs import ChatRenderer
-from tinsmith.primitives.errors import InvalidInput
-from tinsmith.primitives.types import SampledSequence
 
 from tests.envs.scripted import sequence
 from tests.tiny import tiny_tokenizer
+from tinsmith.envs import ChatRenderer
+from tinsmith.primitives.errors import InvalidInput
+from tinsmith.primitives.types import SampledSequence
 
 FORGETFUL_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
