@@ -52,7 +52,8 @@ def test_results_are_shown_and_malformed_turns_told_apart():
     assert play("CALC(4-7)")[1][0] == "RESULT: -3"
     observation, _, terminated, truncated, _ = play("I would say 17")[1]
     assert observation.startswith("ERROR: write CALC(a+b)")
-    assert not (terminated or truncated)
+    assert not terminated
+    assert not truncated
 
 
 def test_an_episode_without_answer_is_truncated():
@@ -68,9 +69,7 @@ def test_splits_are_disjoint_in_any_order_and_hold_no_example():
     drawn = {}
     for split in ("train", "eval"):
         env = Calculator(split=split)
-        drawn[split] = {
-            tuple(sorted(env.reset(seed=seed)[1]["numbers"])) for seed in range(500)
-        }
+        drawn[split] = {tuple(sorted(env.reset(seed=seed)[1]["numbers"])) for seed in range(500)}
         assert all(tuple(sorted(example)) not in drawn[split] for example in env.examples)
     assert not drawn["train"] & drawn["eval"]
     assert len(drawn["eval"]) >= 100
