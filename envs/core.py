@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..primitives.errors import InvalidInput
 
@@ -40,7 +40,7 @@ class Env:
     with it.
     """
 
-    tool_schemas: ClassVar[Sequence[dict[str, Any]] | None] = None
+    tool_schemas: Sequence[dict[str, Any]] | None = None
     """JSON schemas of the tools offered, for chat templates that take `tools`."""
 
     def reset(

@@ -53,11 +53,11 @@ class EpisodeSpec:
 
     env: str
     policy: SamplingClient
-    sampling_params: SamplingParams = SamplingParams()
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] | None = None
-    limits: EpisodeLimits = EpisodeLimits()
+    limits: EpisodeLimits = field(default_factory=EpisodeLimits)
     source: EnvSource = field(init=False)
 
     def __post_init__(self) -> None:

@@ -235,7 +235,7 @@ class _Episode:
             _limit_memory(memory_bytes)
         try:
             self.env = construct(self.name, self.factory, kwargs)
-        except InvalidInput as error:
+        except (InvalidInput, NotFound) as error:
             return _failure("load", error)
         return {"tools": getattr(self.env, "tool_schemas", None)}
 

@@ -73,7 +73,7 @@ async def test_what_an_environment_started_ends_with_its_episode(pool):
         messages, _ = await env.reset(0, None)
         await env.step("spawn")
         parent = int(messages[0]["content"].split()[1])
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        children = children_of(parent)
         assert len(children) == 1
     await gone(int(children[0]))
 
@@ -133,10 +133,18 @@ async def test_an_environment_that_cannot_be_made_says_why(pool):
             pass
 
 
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
 async def gone(pid: int) -> None:
     """Wait until the process has ended; a test's time limit is what bounds it."""
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists():
+    while runs(pid):
         assert time.monotonic() < deadline, f"process {pid} still runs"
         await asyncio.sleep(0.01)
 
