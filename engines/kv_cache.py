@@ -96,8 +96,9 @@ class KVCache:
         self.block_size, self.num_blocks = block_size, num_blocks
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         shape = (num_kv_heads * num_blocks, block_size * head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        # Zeros: what is masked out still goes through the products, and must be finite.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.device = device
 
     def block_rows(self, blocks: np.ndarray) -> Tensor:

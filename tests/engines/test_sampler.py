@@ -1,0 +1,359 @@
+"""The torch sampling engine against transformers, and its promises about batches and memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tinsmith
+from tinsmith.engines.backbone import Backbone
+from tinsmith.engines.learner import LearnerEngine
+from tinsmith.engines.sampler import SamplerEngine
+from tinsmith.primitives.types import (
+    AdamParams,
+    Datum,
+    LoraConfig,
+    PolicyRef,
+    SampleRequest,
+    SamplingParams,
+)
+
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 4 * 16  # keys and values, layers, heads, head size, float32, tokens
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def model_path(request, tiny_llama, tiny_qwen2, tiny_qwen3) -> str:
+    return {"llama": tiny_llama, "qwen2": tiny_qwen2, "qwen3": tiny_qwen3}[request.param]
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama):
+    return Backbone(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def make_engine(llama, blocks=400, **options) -> SamplerEngine:
+    return SamplerEngine(*llama, kv_bytes=blocks * BLOCK_BYTES, **options)
+
+
+def finish(engine, *numbers):
+    """Step until all is done; the responses by request number."""
+    responses = {}
+    while engine.busy:
+        for event in engine.step():
+            assert event.error is None
+            if event.response is not None:
+                responses[event.request] = event.response
+    return [responses[n] for n in numbers] if numbers else responses
+
+
+def random_adapter(engine, run_id, version, seed, rank=4, **groups):
+    config = LoraConfig(rank=rank, **groups)
+    layout = engine.backbone.layout(config)
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(layout.size, generator=generator) * 0.1
+    engine.add_adapter(run_id, version, config, flat)
+
+
+def greedy(prompt, tokens=12, **kwargs):
+    return SampleRequest(
+        prompt, SamplingParams(max_tokens=tokens, temperature=0, stop=[]), **kwargs
+    )
+
+
+def seeded(prompt, seed, tokens=12, policy=PolicyRef(), samples=1, **params):
+    return SampleRequest(
+        prompt, SamplingParams(max_tokens=tokens, stop=[], seed=seed, **params), policy, samples
+    )
+
+
+def test_greedy_tokens_and_logprobs_equal_generates(model_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    engine = SamplerEngine(Backbone(model_path), tokenizer, kv_bytes=1 << 24, max_step_rows=48)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 336, n) for n in (1, 5, 16, 33, 60, 100)]
+    numbers = [engine.submit(greedy(p, 20)) for p in prompts]
+    for prompt, response in zip(prompts, finish(engine, *numbers), strict=True):
+        tokens = torch.tensor(prompt)[None]
+        expected = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0]
+        sequence = response.sequences[0]
+        assert sequence.tokens.tolist() == expected[len(prompt) :].tolist()
+        logprobs = model(expected[None]).logits[0].log_softmax(-1)
+        want = logprobs[len(prompt) - 1 : -1].gather(1, expected[len(prompt) :, None])[:, 0]
+        np.testing.assert_allclose(sequence.logprobs, want.detach(), atol=1e-4)
+
+
+def test_logprobs_agree_with_the_learners(llama):
+    learner = LearnerEngine(llama[0])
+    learner.create_run("a", LoraConfig(rank=8, seed=0))
+    rng = np.random.default_rng(1)
+    data = [
+        Datum(
+            rng.integers(0, 336, 30),
+            {"target_tokens": rng.integers(0, 336, 30), "weights": np.ones(30)},
+        )
+    ]
+    for _ in range(3):
+        learner.forward_backward("a", data, "cross_entropy")
+        learner.optim_step("a", AdamParams(learning_rate=1e-2))
+    engine = make_engine(llama)
+    engine.add_adapter("a", 3, learner.runs["a"].config, learner.export("a"))
+    prompt = rng.integers(0, 336, 40)
+    number = engine.submit(seeded(prompt, 5, 30, PolicyRef("a"), 4))
+    for sequence in finish(engine, number)[0].sequences:
+        tokens = np.concatenate([prompt, sequence.tokens])
+        datum = Datum(
+            tokens[:-1], {"target_tokens": tokens[1:], "weights": np.ones(len(tokens) - 1)}
+        )
+        output = learner.forward("a", [datum], "cross_entropy")
+        expected = output.loss_fn_outputs[0]["logprobs"][len(prompt) - 1 :]
+        np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
+        assert (sequence.versions == 3).all()
+
+
+def test_a_seeded_request_draws_the_same_in_any_company(llama):
+    rng = np.random.default_rng(2)
+    prompt = rng.integers(0, 336, 50)
+    alone = make_engine(llama)
+    expected = finish(alone, alone.submit(seeded(prompt, 7, samples=3)))[0]
+    crowd = make_engine(llama, max_step_rows=64)
+    for i in range(6):
+        crowd.submit(seeded(rng.integers(0, 336, 10 + 9 * i), i, 20))
+    for _ in range(3):
+        crowd.step()
+    number = crowd.submit(seeded(prompt, 7, samples=3))
+    crowd.submit(seeded(prompt, 8, samples=2))
+    got = finish(crowd)[number]
+    for a, b in zip(expected.sequences, got.sequences, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    assert len({tuple(s.tokens) for s in got.sequences}) == 3
+
+
+def test_adapters_in_one_batch_do_as_each_alone(llama):
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 336, 20 + i) for i in range(4)]
+    policies = [PolicyRef("a"), PolicyRef("b"), PolicyRef(), PolicyRef("a", 1)]
+
+    def engine_with_adapters():
+        engine = make_engine(llama)
+        random_adapter(engine, "a", 1, seed=1)
+        random_adapter(engine, "a", 2, seed=2)
+        random_adapter(engine, "b", 5, seed=3, rank=7, train_mlp=False)
+        return engine
+
+    together = engine_with_adapters()
+    numbers = [
+        together.submit(seeded(p, i, policy=policy))
+        for i, (p, policy) in enumerate(zip(prompts, policies, strict=True))
+    ]
+    mixed = finish(together, *numbers)
+    for i, version in enumerate((2, 5, 0, 1)):
+        alone = engine_with_adapters()
+        number = alone.submit(seeded(prompts[i], i, policy=policies[i]))
+        single = finish(alone, number)[0].sequences[0]
+        assert single.tokens.tolist() == mixed[i].sequences[0].tokens.tolist()
+        np.testing.assert_allclose(single.logprobs, mixed[i].sequences[0].logprobs, atol=1e-4)
+        assert (single.versions == version).all()
+
+
+def test_a_groups_prompt_is_computed_once(llama):
+    engine = make_engine(llama)
+    prompt = np.arange(100)
+    engine.submit(seeded(prompt, 0, samples=8))
+    finish(engine)
+    assert engine.stats.prompt_tokens == 100
+    # The same prompt again, by many requests at once: only its last, partly filled block.
+    for seed in range(8):
+        engine.submit(seeded(prompt, seed))
+    responses = finish(engine)
+    assert engine.stats.prompt_tokens == 100 + 8 * 4
+    assert all(r.prompt_cache_hit_tokens == 96 for r in responses.values())
+
+
+def test_requests_with_one_prompt_at_once_share_its_computation(llama):
+    engine = make_engine(llama)
+    for seed in range(8):
+        engine.submit(seeded(np.arange(100), seed))
+    finish(engine)
+    assert engine.stats.prompt_tokens == 100 + 7 * 4
+
+
+def test_a_next_turn_reuses_what_was_sampled(llama):
+    engine = make_engine(llama)
+    first = finish(engine, engine.submit(seeded(np.arange(40), 0, 40)))[0]
+    grown = np.concatenate([np.arange(40), first.sequences[0].tokens, np.arange(10)])
+    second = finish(engine, engine.submit(seeded(grown, 1)))[0]
+    assert second.prompt_cache_hit_tokens == 64  # 79 tokens were cached: four whole blocks
+    fresh = make_engine(llama)
+    expected = finish(fresh, fresh.submit(seeded(grown, 1)))[0]
+    np.testing.assert_allclose(
+        second.sequences[0].logprobs, expected.sequences[0].logprobs, atol=1e-4
+    )
+
+
+def test_cached_blocks_of_other_weights_are_not_reused(llama):
+    engine = make_engine(llama)
+    random_adapter(engine, "a", 1, seed=1)
+    finish(engine, engine.submit(greedy(np.arange(64))))
+    response = finish(engine, engine.submit(greedy(np.arange(64), policy=PolicyRef("a"))))[0]
+    assert response.prompt_cache_hit_tokens == 0
+
+
+def test_a_full_cache_makes_requests_wait_and_loses_none(llama):
+    engine = make_engine(llama, blocks=12)
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(0, 336, 30) for _ in range(10)]
+    numbers = [engine.submit(seeded(p, i, 20, samples=2)) for i, p in enumerate(prompts)]
+    engine.step()
+    assert engine.stats.waiting > 0
+    tight = finish(engine, *numbers)
+    assert engine.pool.reserved == 0
+    assert engine.pool.in_use == 0
+    roomy = make_engine(llama)
+    numbers = [roomy.submit(seeded(p, i, 20, samples=2)) for i, p in enumerate(prompts)]
+    for a, b in zip(tight, finish(roomy, *numbers), strict=True):
+        assert [s.tokens.tolist() for s in a.sequences] == [s.tokens.tolist() for s in b.sequences]
+
+
+def test_what_can_never_fit_is_refused(llama):
+    engine = make_engine(llama, blocks=4)
+    with pytest.raises(tinsmith.OutOfCapacity, match="need 5 cache blocks, the sampler has 4"):
+        engine.submit(seeded(np.arange(40), 0, 40))
+    engine.submit(seeded(np.arange(40), 0, 24))
+    assert len(finish(engine)) == 1
+
+
+def test_a_live_request_goes_on_under_a_new_version_and_a_pinned_one_does_not_notice(llama):
+    engine = make_engine(llama)
+    random_adapter(engine, "a", 1, seed=1)
+    live = engine.submit(seeded(np.arange(40), 3, 30, PolicyRef("a")))
+    pinned = engine.submit(seeded(np.arange(40), 3, 30, PolicyRef("a", 1)))
+    for _ in range(10):
+        engine.step()
+    random_adapter(engine, "a", 2, seed=2)
+    live_response, pinned_response = finish(engine, live, pinned)
+    versions = live_response.sequences[0].versions.tolist()
+    assert versions == [1] * 10 + [2] * 20
+    assert (pinned_response.sequences[0].versions == 1).all()
+    tokens = [r.sequences[0].tokens.tolist() for r in (live_response, pinned_response)]
+    assert tokens[0][:10] == tokens[1][:10]
+    assert tokens[0] != tokens[1]
+    # Nothing computed under mixed weights may serve a later request.
+    grown = np.concatenate([np.arange(40), live_response.sequences[0].tokens])
+    later = finish(engine, engine.submit(seeded(grown, 0, 5, PolicyRef("a", 2))))[0]
+    fresh = make_engine(llama)
+    random_adapter(fresh, "a", 2, seed=2)
+    expected = finish(fresh, fresh.submit(seeded(grown, 0, 5, PolicyRef("a", 2))))[0]
+    np.testing.assert_allclose(
+        later.sequences[0].logprobs, expected.sequences[0].logprobs, atol=1e-4
+    )
+
+
+def test_versions_published_live_are_let_go_and_missed_clearly(llama):
+    engine = make_engine(llama)
+    layout = engine.backbone.layout(LoraConfig(rank=2))
+    for version in (1, 2, 3):
+        engine.add_adapter("a", version, layout.config, layout.initial(), keep=version == 1)
+    engine.submit(greedy([1], policy=PolicyRef("a", 1)))
+    with pytest.raises(tinsmith.NotFound, match="no longer holds version 2 .*newest: 3"):
+        engine.submit(greedy([1], policy=PolicyRef("a", 2)))
+    with pytest.raises(tinsmith.NotFound, match="no weights of run 'b'"):
+        engine.submit(greedy([1], policy=PolicyRef("b")))
+    finish(engine)
+
+
+def test_stop_tokens_and_strings_end_a_sample_and_are_part_of_it(llama):
+    engine, tokenizer = make_engine(llama), llama[1]
+    free = finish(engine, engine.submit(greedy([5, 6], 40)))[0].sequences[0]
+    token = int(free.tokens[10])
+    first = free.tokens.tolist().index(token)
+    stopped = SamplingParams(max_tokens=40, temperature=0, stop=[token])
+    got = finish(engine, engine.submit(SampleRequest([5, 6], stopped)))[0].sequences[0]
+    assert got.stop_reason == "stop"
+    assert got.tokens.tolist() == free.tokens[: first + 1].tolist()
+
+    text = tokenizer.decode(free.tokens)
+    prefixes = [tokenizer.decode(free.tokens[: i + 1]) for i in range(40)]
+    across = text[len(prefixes[9]) - 1 : len(prefixes[10]) + 1]  # from one token into the next
+    stopped = SamplingParams(max_tokens=40, temperature=0, stop=[across])
+    got = finish(engine, engine.submit(SampleRequest([5, 6], stopped)))[0].sequences[0]
+    assert got.stop_reason == "stop"
+    ends = next(i for i, prefix in enumerate(prefixes) if across in prefix)
+    assert got.tokens.tolist() == free.tokens[: ends + 1].tolist()
+
+
+def test_without_stop_a_sample_ends_at_the_tokenizers_end_token(llama):
+    engine, tokenizer = make_engine(llama), llama[1]
+    request = SampleRequest([1, 2, 3], SamplingParams(max_tokens=400, seed=1, temperature=2.0))
+    sequence = finish(engine, engine.submit(request))[0].sequences[0]
+    assert sequence.stop_reason == "stop"
+    assert sequence.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_prompt_logprobs_equal_the_models(model_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    engine = SamplerEngine(Backbone(model_path), tokenizer, kv_bytes=1 << 24, max_step_rows=30)
+    prompt = np.random.default_rng(5).integers(0, 336, 100)
+    finish(engine, engine.submit(greedy(prompt)))  # a cached prefix must not cost any logprob
+    params = SamplingParams(max_tokens=1)
+    request = SampleRequest(prompt, params, prompt_logprobs=True, topk_prompt_logprobs=3)
+    response = finish(engine, engine.submit(request))[0]
+    logprobs = model(torch.tensor(prompt)[None]).logits[0].log_softmax(-1).detach()
+    expected = logprobs[:-1].gather(1, torch.tensor(prompt)[1:, None])[:, 0]
+    assert np.isnan(response.prompt_logprobs[0])
+    np.testing.assert_allclose(response.prompt_logprobs[1:], expected, atol=1e-4)
+    assert response.topk_prompt_logprobs[0] is None
+    for position in range(1, 100):
+        values, ids = logprobs[position - 1].topk(3)
+        got = response.topk_prompt_logprobs[position]
+        assert [i for i, _ in got] == ids.tolist()
+        np.testing.assert_allclose([v for _, v in got], values, atol=1e-4)
+
+
+def test_a_cancelled_request_frees_its_memory(llama):
+    engine = make_engine(llama, blocks=20)
+    running = engine.submit(seeded(np.arange(60), 0, 100))
+    waiting = engine.submit(seeded(np.arange(60), 1, 200))
+    engine.step()
+    engine.cancel(running)
+    engine.cancel(waiting)
+    assert not engine.busy
+    assert engine.pool.in_use == engine.pool.reserved == 0
+
+
+def test_bad_requests_say_what_is_wrong(llama):
+    engine = make_engine(llama)
+    with pytest.raises(tinsmith.InvalidInput, match="token 336 at position 1, outside"):
+        engine.submit(greedy([3, 336]))
+    with pytest.raises(tinsmith.InvalidInput, match="prompt of 510 tokens and max_tokens=12"):
+        engine.submit(greedy(np.zeros(510, np.int64)))
+    with pytest.raises(tinsmith.InvalidInput, match="prompt is empty"):
+        SampleRequest([])
+    with pytest.raises(tinsmith.InvalidInput, match="prompt holds a negative token"):
+        SampleRequest([1, -2])
+
+
+def test_streamed_tokens_are_the_responses(llama):
+    engine = make_engine(llama)
+    number = engine.submit(seeded([1, 2, 3], 4, samples=2), streaming=True)
+    tokens, response = {0: [], 1: []}, None
+    while engine.busy:
+        for event in engine.step():
+            if event.token is not None:
+                tokens[event.token.index].append(event.token.token)
+            else:
+                assert event.request == number
+                response = event.response
+    assert response is not None
+    assert [s.tokens.tolist() for s in response.sequences] == [tokens[0], tokens[1]]
