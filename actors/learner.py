@@ -287,16 +287,19 @@ class Learner:
 
     # ---- publishing and checkpoints ----
 
+    async def _sampler(self) -> Handle:
+        if self.sampler is None:
+            self.sampler = await Op(self.controller.call("sampler_handle", self.base_model))
+        assert self.sampler is not None
+        return self.sampler
+
     def _publication(self, run_id: str, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
         run = self.engine.runs[run_id]
         flat, version, config = self.engine.export(run_id).numpy(), run.version, run.config
 
         async def send() -> PublishResponse:
             started = time.perf_counter()
-            sampler: Handle = self.sampler or await Op(
-                self.controller.call("sampler_handle", self.base_model)
-            )
-            self.sampler = sampler
+            sampler = await self._sampler()
             await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
             return PublishResponse(version, time.perf_counter() - started)
 

@@ -1,4 +1,3 @@
-# ruff: noqa: F401
 """Floor 2: environments, and what plays the model's turns into them.
 
 Names are loaded when first used: environment processes import this room by the dozen.

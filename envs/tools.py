@@ -81,7 +81,7 @@ class Tool:
             kind: Any = Annotated[hints[parameter.name], note]  # type: ignore[valid-type, name-defined]
             fields[parameter.name] = NotRequired[kind] if given else Required[kind]
         arguments: Any = TypedDict(self.name, fields)  # type: ignore[operator, misc]
-        arguments.__pydantic_config__ = ConfigDict(extra="forbid")
+        arguments.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
         try:
             self.arguments = TypeAdapter(arguments)
             parameters = self.arguments.json_schema()

@@ -62,7 +62,10 @@ def greedy(prompt, tokens=12, **kwargs):
     )
 
 
-def seeded(prompt, seed, tokens=12, policy=PolicyRef(), samples=1, **params):
+BASE_MODEL = PolicyRef()
+
+
+def seeded(prompt, seed, tokens=12, policy=BASE_MODEL, samples=1, **params):
     return SampleRequest(
         prompt, SamplingParams(max_tokens=tokens, stop=[], seed=seed, **params), policy, samples
     )
@@ -265,7 +268,7 @@ def test_versions_published_live_are_let_go_and_missed_clearly(llama):
     for version in (1, 2, 3):
         engine.add_adapter("a", version, layout.config, layout.initial(), keep=version == 1)
     engine.submit(greedy([1], policy=PolicyRef("a", 1)))
-    with pytest.raises(tinsmith.NotFound, match="no longer holds version 2 .*newest: 3"):
+    with pytest.raises(tinsmith.NotFound, match=r"no longer holds version 2 .*newest: 3"):
         engine.submit(greedy([1], policy=PolicyRef("a", 2)))
     with pytest.raises(tinsmith.NotFound, match="no weights of run 'b'"):
         engine.submit(greedy([1], policy=PolicyRef("b")))
