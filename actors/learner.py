@@ -52,6 +52,7 @@ class RunLog:
     run_id: str
     next_seq_id: int = 1
     live: bool = False
+    publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: dict[int, Entry] = field(default_factory=dict)
     results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
 
@@ -146,19 +147,27 @@ class Learner:
                     f"operation {seq_id} of run {run_id} was applied before; "
                     f"its result is no longer kept (next is {log.next_seq_id})"
                 )
-            future = asyncio.get_running_loop().create_future()
-            # A result that no caller waits for any more is not an unhandled error.
-            future.add_done_callback(lambda f: f.cancelled() or f.exception())
-            log.waiting[seq_id] = Entry(kind, args, future)
-            log.results[seq_id] = future
-            while len(log.results) > RESULTS_KEPT and next(iter(log.results.values())).done():
-                log.results.popitem(last=False)
-            self.wake.set()
+            future = self._enqueue(log, seq_id, kind, args).future
         return await asyncio.shield(future)
+
+    def _enqueue(self, log: RunLog, seq_id: int, kind: str, args: dict[str, Any]) -> Entry:
+        entry = Entry(kind, args, asyncio.get_running_loop().create_future())
+        # A result that no caller waits for any more is not an unhandled error.
+        entry.future.add_done_callback(lambda f: f.cancelled() or f.exception())
+        log.waiting[seq_id] = entry
+        log.results[seq_id] = entry.future
+        while len(log.results) > RESULTS_KEPT and next(iter(log.results.values())).done():
+            log.results.popitem(last=False)
+        self.wake.set()
+        return entry
 
     async def withdraw(self, run_id: str, seq_id: int) -> bool:
         """Take an operation that has not started out of the log; its number stays used."""
-        entry = self._log(run_id).waiting.get(seq_id)
+        log = self._log(run_id)
+        entry = log.waiting.get(seq_id)
+        if entry is None and seq_id >= log.next_seq_id:
+            # Calls to an asyncio actor may overtake each other: withdrawn before it came.
+            entry = self._enqueue(log, seq_id, "operation", {})
         if entry is None or entry.kind == "skip":
             return False
         entry.future.set_exception(OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn"))
@@ -299,8 +308,10 @@ class Learner:
 
         async def send() -> PublishResponse:
             started = time.perf_counter()
-            sampler = await self._sampler()
-            await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
+            # A run's versions reach the sampler in order: the last to arrive is what is live.
+            async with self._log(run_id).publishing:
+                sampler = await self._sampler()
+                await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
             return PublishResponse(version, time.perf_counter() - started)
 
         return send()

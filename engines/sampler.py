@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..primitives.errors import InvalidInput, OutOfCapacity
+from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity
 from ..primitives.types import (
     LoraConfig,
     SampledSequence,
@@ -169,10 +169,13 @@ class SamplerEngine:
         self._sweep()
 
     def drop_run(self, run_id: str) -> None:
+        """Forget a run's weights; its requests under way fail."""
         self.adapters.drop_run(run_id)
-        for request in [*self._waiting, *self._running()]:
-            if request.request.policy.run_id == run_id:
-                self.cancel(request.number)
+        for entry in [*self._waiting, *self._running()]:
+            if entry.request.policy.run_id == run_id:
+                self.cancel(entry.number)
+                error = NotFound(f"run {run_id!r} was closed while a request sampled from it")
+                self._events.append(Event(entry.number, error=error))
         self._sweep()
 
     def _sweep(self) -> None:
@@ -304,7 +307,7 @@ class SamplerEngine:
     def _reuse_prefix(self, sequence: _Sequence) -> None:
         """Start a prompt with the blocks that are cached already."""
         entry = sequence.request
-        key = repr(self._weights(sequence)).encode()[:64]
+        key = self._weights(sequence).cache_root
         sequence.last_key = key
         if entry.prompt_logprobs is not None:
             return  # needs the hidden states of the whole prompt
@@ -335,7 +338,7 @@ class SamplerEngine:
             if sequence.weights is None and entry.prompt_length > self.block_size:
                 # Another request computes the same beginning just now: share it next step.
                 first = chain_key(
-                    repr(self.adapters.resolve(entry.request.policy)).encode()[:64],
+                    self.adapters.resolve(entry.request.policy).cache_root,
                     entry.request.prompt[: self.block_size],
                 )
                 waits = first in under_way and entry.prompt_logprobs is None
@@ -546,14 +549,14 @@ class SamplerEngine:
         assert s.weights is not None
         s.tokens.append(token)
         s.logprobs.append(logprob)
-        s.versions.append(s.weights[1])
+        s.versions.append(s.weights.version)
         self.stats.sampled_tokens += 1
         if token in entry.stop_tokens or self._ends_with_stop_string(s):
             s.stop_reason = "stop"
         elif len(s.logprobs) == entry.max_tokens:
             s.stop_reason = "length"
         if entry.streaming:
-            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason)
+            drawn = SampledToken(s.index, token, logprob, s.weights.version, s.stop_reason)
             self._events.append(Event(entry.number, token=drawn))
         if s.stop_reason is None:
             return

@@ -212,6 +212,32 @@ def test_cached_blocks_of_other_weights_are_not_reused(llama):
     assert response.prompt_cache_hit_tokens == 0
 
 
+def test_weights_published_again_under_an_old_version_do_not_meet_its_cache(llama):
+    engine = make_engine(llama)
+    prompt = np.arange(40)
+    random_adapter(engine, "a", 1, seed=1)
+    finish(engine, engine.submit(seeded(prompt, 0, 5, PolicyRef("a", 1))))
+    random_adapter(engine, "a", 1, seed=1)  # the very same: its cache still holds
+    same = finish(engine, engine.submit(seeded(prompt, 0, 5, PolicyRef("a", 1))))[0]
+    assert same.prompt_cache_hit_tokens == 32
+    random_adapter(engine, "a", 1, seed=2)  # as after going back to an older checkpoint
+    other = finish(engine, engine.submit(seeded(prompt, 0, 5, PolicyRef("a", 1))))[0]
+    assert other.prompt_cache_hit_tokens == 0
+
+
+def test_dropping_a_run_fails_its_requests_and_frees_their_memory(llama):
+    engine = make_engine(llama)
+    random_adapter(engine, "a", 1, seed=1)
+    running = engine.submit(greedy([1, 2, 3], 50, policy=PolicyRef("a")))
+    engine.step()
+    engine.drop_run("a")
+    (event,) = engine.step()
+    assert event.request == running
+    assert isinstance(event.error, tinsmith.NotFound)
+    assert engine.pool.in_use == 0
+    assert not engine.busy
+
+
 def test_a_full_cache_makes_requests_wait_and_loses_none(llama):
     engine = make_engine(llama, blocks=12)
     rng = np.random.default_rng(4)

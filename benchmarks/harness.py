@@ -1,0 +1,86 @@
+"""What every benchmark shares: options, alternating runs, one JSON object at the end."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tinsmith
+
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """`--model` (resolved to a folder), `--runs`, `--quick`."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--model", default=DEMO_MODEL, help="folder, name or Hugging Face id")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each side")
+    parser.add_argument("--quick", action="store_true", help="one small run: does it work at all?")
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.runs = 1
+    chosen.model = str(tinsmith.resolve_model(chosen.model, tinsmith.default_home(), say))
+    return chosen
+
+
+def with_environment(**wanted: str) -> None:
+    """Start this script again with these variables set, if they are not: some are read by
+    libraries as they load."""
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    gc.collect()
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def alternate(
+    ours: Callable[[], object], theirs: Callable[[], object], runs: int
+) -> tuple[float, float]:
+    """Median seconds of each side: one warm-up, then `runs` times one after the other."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in range(runs + 1):
+        for side, action in enumerate((ours, theirs)):
+            taken = seconds(action)
+            say(
+                f"{'warm-up' if run == 0 else f'run {run}'}, {('ours', 'theirs')[side]}: {taken:.3f} s"
+            )
+            if run > 0:
+                times[side].append(taken)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def report(
+    unit: str, ours: float, theirs: float, ratio: float, runs: int, **details: object
+) -> None:
+    """The last line of stdout. `ratio` above 1 means that we are better."""
+    name = Path(sys.argv[0]).stem
+    result = {
+        "name": name,
+        "unit": unit,
+        "ours": _rounded(ours),
+        "theirs": _rounded(theirs),
+        "ratio": _rounded(ratio),
+        "runs": runs,
+        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        **details,
+    }
+    print(json.dumps(result), flush=True)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
