@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
 
 from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.types import PolicyRef
 from .lora import Adapter
 
-AdapterKey = tuple[str, int]
-"""(run id, version); the bare base model is `BASE`."""
 
-BASE: AdapterKey = ("", 0)
+class AdapterKey(NamedTuple):
+    """Names weights. `serial` tells apart different weights that had one run's same version, as
+    after a resume from an older checkpoint: nothing computed with the ones may serve the others."""
+
+    run_id: str
+    version: int
+    serial: int = 0
+
+
+BASE = AdapterKey("", 0)
+"""The bare base model."""
 
 
 class AdapterStore:
@@ -21,14 +33,23 @@ class AdapterStore:
 
     def __init__(self, max_kept: int = 32) -> None:
         self.max_kept = max_kept
+        self._serials = itertools.count(1)
+        self._keys: dict[tuple[str, int], AdapterKey] = {}
         self._adapters: dict[AdapterKey, Adapter] = {}
-        self._newest: dict[str, int] = {}
+        self._newest: dict[str, AdapterKey] = {}
         self._kept: OrderedDict[AdapterKey, None] = OrderedDict()
 
     def add(self, run_id: str, version: int, adapter: Adapter, keep: bool) -> None:
-        key = (run_id, version)
-        self._adapters[key] = adapter
-        self._newest[run_id] = version
+        held = self._keys.get((run_id, version))
+        if held is not None and _equal(self._adapters[held], adapter):
+            key = held
+        else:
+            key = AdapterKey(run_id, version, next(self._serials))
+            if held is not None:
+                self._kept.pop(held, None)
+            self._keys[run_id, version] = key
+            self._adapters[key] = adapter
+        self._newest[run_id] = key
         if keep:
             self._kept[key] = None
             self._kept.move_to_end(key)
@@ -37,18 +58,18 @@ class AdapterStore:
 
     def drop_run(self, run_id: str) -> None:
         self._newest.pop(run_id, None)
-        for key in [key for key in self._kept if key[0] == run_id]:
+        for key in [key for key in self._kept if key.run_id == run_id]:
             del self._kept[key]
 
     def sweep(self, used: Collection[AdapterKey]) -> None:
         """Forget versions that nobody can ask for any more."""
-        newest = set(self._newest.items())
-        for key in list(self._adapters):
-            if key not in used and key not in newest and key not in self._kept:
-                del self._adapters[key]
+        needed = {*used, *self._newest.values(), *self._kept}
+        self._adapters = {k: a for k, a in self._adapters.items() if k in needed}
+        self._keys = {name: k for name, k in self._keys.items() if k in needed}
 
     def newest(self, run_id: str) -> int | None:
-        return self._newest.get(run_id)
+        key = self._newest.get(run_id)
+        return None if key is None else key.version
 
     def resolve(self, policy: PolicyRef) -> AdapterKey:
         """
@@ -66,13 +87,23 @@ class AdapterStore:
                 f"the sampler holds no weights of run {policy.run_id!r}; publish them with "
                 "save_weights_and_get_sampling_client() or live_sampling_client()"
             )
-        key = (policy.run_id, newest if policy.version is None else policy.version)
-        if key not in self._adapters:
+        if policy.version is None:
+            return newest
+        key = self._keys.get((policy.run_id, policy.version))
+        if key is None:
             raise NotFound(
-                f"the sampler no longer holds version {policy.version} of run "
-                f"{policy.run_id!r} (newest: {newest}); save_weights_for_sampler() keeps one for good"
+                f"the sampler no longer holds version {policy.version} of run {policy.run_id!r} "
+                f"(newest: {newest.version}); save_weights_for_sampler() keeps one for good"
             )
         return key
 
     def adapter(self, key: AdapterKey) -> Adapter | None:
         return None if key == BASE else self._adapters[key]
+
+
+def _equal(a: Adapter, b: Adapter) -> bool:
+    return a.layout.config == b.layout.config and all(
+        torch.equal(x, y)
+        for name, pair in a.weights.items()
+        for x, y in zip(pair, b.weights[name], strict=True)
+    )

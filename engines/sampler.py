@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..primitives.errors import InvalidInput, OutOfCapacity
+from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity
 from ..primitives.types import (
     LoraConfig,
     SampledSequence,
@@ -32,7 +32,7 @@ from ..primitives.types import (
 )
 from .adapter_store import AdapterKey, AdapterStore
 from .backbone import Backbone
-from .kv_cache import BlockPool, KVCache, chain_key
+from .kv_cache import BlockPool, KVCache, chain_key, root_key
 from .lora import Adapter, Span
 from .sampling import draw, uniforms
 from .step_attention import Chunk, StepAttention
@@ -173,6 +173,8 @@ class SamplerEngine:
         for request in [*self._waiting, *self._running()]:
             if request.request.policy.run_id == run_id:
                 self.cancel(request.number)
+                gone = NotFound(f"run {run_id!r} was closed while it sampled")
+                self._events.append(Event(request.number, error=gone))
         self._sweep()
 
     def _sweep(self) -> None:
@@ -304,7 +306,7 @@ class SamplerEngine:
     def _reuse_prefix(self, sequence: _Sequence) -> None:
         """Start a prompt with the blocks that are cached already."""
         entry = sequence.request
-        key = repr(self._weights(sequence)).encode()[:64]
+        key = root_key(self._weights(sequence))
         sequence.last_key = key
         if entry.prompt_logprobs is not None:
             return  # needs the hidden states of the whole prompt
@@ -335,7 +337,7 @@ class SamplerEngine:
             if sequence.weights is None and entry.prompt_length > self.block_size:
                 # Another request computes the same beginning just now: share it next step.
                 first = chain_key(
-                    repr(self.adapters.resolve(entry.request.policy)).encode()[:64],
+                    root_key(self.adapters.resolve(entry.request.policy)),
                     entry.request.prompt[: self.block_size],
                 )
                 waits = first in under_way and entry.prompt_logprobs is None
