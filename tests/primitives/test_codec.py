@@ -113,7 +113,9 @@ def test_sampling_params_and_requests_keep_every_form_of_stop(stop):
     assert_same(decode(encode(request), SampleRequest), request)
 
 
-@given(npst.arrays(st.sampled_from(["<f4", "<f8", "<i4", "<i8", "|b1", "|u1"]), npst.array_shapes()))
+@given(
+    npst.arrays(st.sampled_from(["<f4", "<f8", "<i4", "<i8", "|b1", "|u1"]), npst.array_shapes())
+)
 @settings(max_examples=50, deadline=None)
 def test_any_array_comes_back_bit_for_bit_also_when_it_is_a_view(array):
     assert_same(decode(encode(array), np.ndarray), array)
