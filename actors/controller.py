@@ -6,9 +6,9 @@ It hands out grants (handles to learners and samplers); the work itself never pa
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from ..algorithms.losses import loss_names
 from ..engines import models
 from ..engines.backbone import SUPPORTED_FAMILIES
 from ..primitives.client import RunGrant, SamplerGrant
-from ..primitives.errors import InvalidInput, NotFound
+from ..primitives.errors import InvalidInput, NotFound, Unavailable
 from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath
 from ..primitives.types import (
@@ -55,7 +55,7 @@ class Controller:
         self.sampler_threads = sampler_threads
         self.kv_bytes = kv_bytes
         self.started: dict[tuple[str, str], asyncio.Task[RayHandle]] = {}
-        self.paths: dict[str, str] = {}
+        self.models: dict[str, tuple[str, str]] = {}
         self.env_pools: list[RayHandle] = []
 
     async def ping(self) -> str:
@@ -63,51 +63,59 @@ class Controller:
 
     # ---- starting actors ----
 
-    async def _model_path(self, base_model: str) -> str:
-        if base_model not in self.paths:
-            path = str(await asyncio.to_thread(models.resolve_model, base_model, self.home))
+    async def _model(self, base_model: str) -> tuple[str, str]:
+        """The name and the folder of a base model, which may have been asked for by either."""
+        if base_model not in self.models:
+            path = await asyncio.to_thread(models.resolve_model, base_model, self.home)
+            path = path.resolve()
             facts = await asyncio.to_thread(models.model_facts, path)
             if facts.family not in SUPPORTED_FAMILIES:
                 raise InvalidInput(
                     f"base model {base_model!r} is of family {facts.family!r}; "
                     f"supported: {', '.join(SUPPORTED_FAMILIES)}"
                 )
-            self.paths[base_model] = path
-        return self.paths[base_model]
+            self.models[base_model] = (models.model_name(path, self.home), str(path))
+        return self.models[base_model]
 
-    async def _start_once(
-        self, kind: str, path: str, start: Coroutine[Any, Any, RayHandle]
+    async def _running(
+        self, kind: str, path: str, start: Callable[[], Coroutine[Any, Any, RayHandle]]
     ) -> RayHandle:
-        """The actor of that kind for that model folder, started by whoever asks first."""
+        """The actor of that kind for that model folder, started by whoever asks first; one that
+        has died is replaced."""
         key = (kind, path)
-        if key in self.started:
-            start.close()
-        else:
-            self.started[key] = asyncio.create_task(start)
-        try:
-            return await asyncio.shield(self.started[key])
-        except Exception:
-            self.started.pop(key, None)
-            raise
+        while True:
+            starting = key not in self.started
+            if starting:
+                self.started[key] = asyncio.create_task(start())
+            task = self.started[key]
+            try:
+                handle = await asyncio.shield(task)
+                await Op(handle.call("ping"))
+                return handle
+            except Exception as error:
+                if self.started.get(key) is task:
+                    del self.started[key]
+                if starting or not isinstance(error, Unavailable):
+                    raise
 
     async def _learner(self, base_model: str) -> RayHandle:
-        path = await self._model_path(base_model)
+        name, path = await self._model(base_model)
         me = RayHandle(ray.get_runtime_context().current_actor, "controller")
 
         async def start() -> RayHandle:
             actor = (
                 ray.remote(Learner)
                 .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, runtime_env=ENGINE_ENV)
-                .remote(base_model, path, self.home, me, self.learner_threads)
+                .remote(name, path, self.home, me, self.learner_threads)
             )
             handle = RayHandle(actor, "learner")
             await Op(handle.call("start"))
             return handle
 
-        return await self._start_once("learner", path, start())
+        return await self._running("learner", path, start)
 
     async def sampler_handle(self, base_model: str) -> RayHandle:
-        path = await self._model_path(base_model)
+        name, path = await self._model(base_model)
 
         async def start() -> RayHandle:
             actor = (
@@ -115,21 +123,19 @@ class Controller:
                 .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, runtime_env=ENGINE_ENV)
                 .remote(
                     path,
-                    name=base_model,
+                    name=name,
                     num_threads=self.sampler_threads,
                     kv_bytes=self.kv_bytes,
                 )
             )
-            handle = RayHandle(actor, "sampler")
-            await Op(handle.call("ping"))
-            return handle
+            return RayHandle(actor, "sampler")
 
-        return await self._start_once("sampler", path, start())
+        return await self._running("sampler", path, start)
 
     async def env_workers(self, base_model: str, count: int, max_concurrent: int) -> list[Any]:
         if count < 1:
             raise InvalidInput(f"num_workers must be at least 1, got {count}")
-        path = await self._model_path(base_model)
+        _, path = await self._model(base_model)
         workers = [
             RayHandle(
                 ray.remote(EnvWorker)
@@ -155,20 +161,21 @@ class Controller:
     ) -> RunGrant:
         """A new run on `base_model` under `lora`, or from the checkpoint `path`."""
         if path is not None:
-            manifest = await self._manifest(path)
+            _, manifest = await asyncio.to_thread(self.storage.read_checkpoint, path)
             base_model, lora = manifest["base_model"], LoraConfig(**manifest["lora"])
         assert base_model is not None
         assert lora is not None
+        name, model_path = await self._model(base_model)
         learner = await self._learner(base_model)
         first = await Op(learner.call("open_run", run_id, lora, path, optimizer))
         now = time.time()
-        self.registry.add_run(TrainingRun(run_id, base_model, lora, now, now, user_metadata))
-        return RunGrant(run_id, base_model, await self._model_path(base_model), learner, first)
+        self.registry.add_run(TrainingRun(run_id, name, lora, now, now, user_metadata))
+        return RunGrant(run_id, name, model_path, learner, first)
 
     async def resume_run(self, run_id: str, path: str | None) -> RunGrant:
         run = self.registry.run(run_id)
         learner = await self._learner(run.base_model)
-        following = await Op(learner.call("next_seq_id", run_id))
+        following = await Op(learner.call("take_over", run_id))
         if path is not None or following is None:
             if path is None:
                 checkpoints = self.registry.checkpoints(run_id, "weights")
@@ -177,8 +184,8 @@ class Controller:
                 path = checkpoints[0].path
             following = await Op(learner.call("open_run", run_id, run.lora, path, True))
         self.registry.touch_run(run_id)
-        model_path = await self._model_path(run.base_model)
-        return RunGrant(run_id, run.base_model, model_path, learner, following)
+        name, model_path = await self._model(run.base_model)
+        return RunGrant(run_id, name, model_path, learner, following)
 
     async def list_runs(self) -> list[TrainingRun]:
         return self.registry.runs()
@@ -187,37 +194,27 @@ class Controller:
         return self.registry.run(run_id)
 
     async def delete_run(self, run_id: str) -> None:
-        run = self.registry.run(run_id)
-        key = ("learner", self.paths.get(run.base_model, ""))
-        if key in self.started:
-            await Op((await self.started[key]).call("close_run", run_id))
+        self.registry.run(run_id)
+        for (kind, _), task in list(self.started.items()):
+            if kind == "learner":
+                with contextlib.suppress(Unavailable):  # a dead one holds nothing
+                    await Op((await asyncio.shield(task)).call("close_run", run_id))
         await asyncio.to_thread(self.storage.delete, f"runs/{run_id}")
         self.registry.delete_run(run_id)
 
     # ---- samplers and checkpoints ----
 
     async def grant_sampler(self, base_model: str, policy: PolicyRef) -> SamplerGrant:
-        sampler = await self.sampler_handle(base_model)
-        return SamplerGrant(base_model, await self._model_path(base_model), sampler, policy)
+        name, path = await self._model(base_model)
+        return SamplerGrant(name, path, await self.sampler_handle(base_model), policy)
 
     async def grant_checkpoint_sampler(self, path: str) -> SamplerGrant:
         """Load a saved adapter into its base model's sampler, under its path as name."""
-        manifest = await self._manifest(path)
-        sampler = await self.sampler_handle(manifest["base_model"])
-        files = await asyncio.to_thread(self.storage.read, CheckpointPath.parse(path).folder)
-        version = manifest["version"]
-        await Op(
-            sampler.call("add_adapter_files", path, version, LoraConfig(**manifest["lora"]), files)
-        )
-        policy = PolicyRef(path, version)
-        return await self.grant_sampler(manifest["base_model"], policy)
-
-    async def _manifest(self, path: str) -> dict[str, Any]:
-        folder = CheckpointPath.parse(path).folder
-        if not self.storage.exists(folder):
-            raise NotFound(f"no checkpoint {path!r}; list_checkpoints() shows those there are")
-        files = await asyncio.to_thread(self.storage.read, folder)
-        return json.loads(files["manifest.json"])
+        files, manifest = await asyncio.to_thread(self.storage.read_checkpoint, path)
+        version, lora = manifest["version"], LoraConfig(**manifest["lora"])
+        grant = await self.grant_sampler(manifest["base_model"], PolicyRef(path, version))
+        await Op(grant.sampler.call("add_adapter_files", path, version, lora, files))
+        return grant
 
     async def record_checkpoint(self, checkpoint: Checkpoint) -> None:
         self.registry.add_checkpoint(checkpoint)

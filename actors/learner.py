@@ -8,6 +8,7 @@ what they need in that thread and finish outside it, so that training goes on me
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import OrderedDict
@@ -22,7 +23,7 @@ import torch
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
 from ..engines.learner import LearnerEngine
-from ..primitives.errors import InvalidInput, NotFound, OpCancelled, TinsmithError
+from ..primitives.errors import InvalidInput, NotFound, OpCancelled, TinsmithError, Unavailable
 from ..primitives.op import Handle, Op
 from ..primitives.paths import CheckpointPath
 from ..primitives.types import (
@@ -32,7 +33,7 @@ from ..primitives.types import (
     SaveResponse,
     TrainingInfo,
 )
-from .storage import Storage
+from .storage import MANIFEST, Storage
 from .threads import set_engine_threads
 
 RESULTS_KEPT = 4096
@@ -78,6 +79,8 @@ class Learner:
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.finishing: set[asyncio.Task[None]] = set()
+        self.saving: set[CheckpointPath] = set()
+        self.writing = asyncio.Lock()
         self.wake = asyncio.Event()
         self.pump: asyncio.Task[None] | None = None
 
@@ -89,6 +92,9 @@ class Learner:
         """
         await self._in_engine(self._load)
         self.pump = asyncio.create_task(self._apply_logs())
+
+    async def ping(self) -> str:
+        return self.base_model
 
     def _load(self) -> None:
         set_engine_threads(self.num_threads)
@@ -118,10 +124,18 @@ class Learner:
         self.turn.append(run_id)
         return 1
 
-    async def next_seq_id(self, run_id: str) -> int | None:
-        """Where a run's log goes on after all that has arrived; None if the run is not open."""
+    async def take_over(self, run_id: str) -> int | None:
+        """Where a new client's operations go on, after all that has arrived; None if the run is
+        not open. Numbers that the client before it took but never sent are passed over."""
         log = self.logs.get(run_id)
-        return None if log is None else max([log.next_seq_id - 1, *log.waiting]) + 1
+        if log is None:
+            return None
+        following = max([log.next_seq_id - 1, *log.waiting]) + 1
+        for seq_id in range(log.next_seq_id, following):
+            if seq_id not in log.waiting:
+                future = self._append(log, seq_id, "skip", {})
+                future.set_exception(OpCancelled(f"another client took over run {run_id}"))
+        return following
 
     async def close_run(self, run_id: str) -> None:
         """Free a run's memory. Operations still waiting fail."""
@@ -130,10 +144,12 @@ class Learner:
             return
         self.turn.remove(run_id)
         for entry in log.waiting.values():
-            entry.future.set_exception(NotFound(f"run {run_id} was closed"))
+            if not entry.future.done():
+                entry.future.set_exception(NotFound(f"run {run_id} was closed"))
         await self._in_engine(self.engine.drop_run, run_id)
         if self.sampler is not None:
-            await Op(self.sampler.call("drop_run", run_id))
+            with contextlib.suppress(Unavailable):  # a dead one holds nothing
+                await Op(self.sampler.call("drop_run", run_id))
 
     # ---- the log ----
 
@@ -147,19 +163,21 @@ class Learner:
                     f"operation {seq_id} of run {run_id} was applied before; "
                     f"its result is no longer kept (next is {log.next_seq_id})"
                 )
-            future = self._enqueue(log, seq_id, kind, args).future
+            future = self._append(log, seq_id, kind, args)
         return await asyncio.shield(future)
 
-    def _enqueue(self, log: RunLog, seq_id: int, kind: str, args: dict[str, Any]) -> Entry:
-        entry = Entry(kind, args, asyncio.get_running_loop().create_future())
+    def _append(
+        self, log: RunLog, seq_id: int, kind: str, args: dict[str, Any]
+    ) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         # A result that no caller waits for any more is not an unhandled error.
-        entry.future.add_done_callback(lambda f: f.cancelled() or f.exception())
-        log.waiting[seq_id] = entry
-        log.results[seq_id] = entry.future
+        future.add_done_callback(lambda f: f.cancelled() or f.exception())
+        log.waiting[seq_id] = Entry(kind, args, future)
+        log.results[seq_id] = future
         while len(log.results) > RESULTS_KEPT and next(iter(log.results.values())).done():
             log.results.popitem(last=False)
         self.wake.set()
-        return entry
+        return future
 
     async def withdraw(self, run_id: str, seq_id: int) -> bool:
         """Take an operation that has not started out of the log; its number stays used."""
@@ -167,7 +185,8 @@ class Learner:
         entry = log.waiting.get(seq_id)
         if entry is None and seq_id >= log.next_seq_id:
             # Calls to an asyncio actor may overtake each other: withdrawn before it came.
-            entry = self._enqueue(log, seq_id, "operation", {})
+            self._append(log, seq_id, "operation", {})
+            entry = log.waiting[seq_id]
         if entry is None or entry.kind == "skip":
             return False
         entry.future.set_exception(OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn"))
@@ -311,7 +330,11 @@ class Learner:
             # A run's versions reach the sampler in order: the last to arrive is what is live.
             async with self._log(run_id).publishing:
                 sampler = await self._sampler()
-                await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
+                try:
+                    await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
+                except Unavailable:
+                    self.sampler = None  # the next publication goes to its successor
+                    raise
             return PublishResponse(version, time.perf_counter() - started)
 
         return send()
@@ -323,8 +346,10 @@ class Learner:
         user_metadata: dict[str, Any],
         overwrite: bool,
     ) -> Coroutine[Any, Any, SaveResponse]:
-        if not overwrite and self.storage.exists(path.folder):
+        taken = path in self.saving or self.storage.exists(path.folder)
+        if taken and not overwrite:
             raise InvalidInput(f"{path} exists already; take another name, or overwrite=True")
+        self.saving.add(path)
         run = self.engine.runs[path.run_id]
         version, layout = run.version, run.layout
         manifest = {
@@ -339,7 +364,7 @@ class Learner:
             files = adapter_files.write_adapter(layout, params, self.base_model)
             if state:
                 files["optimizer.safetensors"] = safetensors.torch.save(state)
-            files["manifest.json"] = json.dumps(manifest, indent=1).encode()
+            files[MANIFEST] = json.dumps(manifest, indent=1).encode()
             size = self.storage.write(path.folder, files)
             return Checkpoint(
                 str(path),
@@ -353,16 +378,19 @@ class Learner:
             )
 
         async def save() -> SaveResponse:
-            checkpoint = await asyncio.to_thread(write)
-            await Op(self.controller.call("record_checkpoint", checkpoint))
+            async with self.writing:  # in order: of two saves by one name the later one stays
+                try:
+                    checkpoint = await asyncio.to_thread(write)
+                finally:
+                    self.saving.discard(path)
+                await Op(self.controller.call("record_checkpoint", checkpoint))
             return SaveResponse(str(path))
 
         return save()
 
     def _load_checkpoint(self, run_id: str, path: str, optimizer: bool, resume: bool) -> None:
         """Load weights (and optimizer); `resume` also takes over the checkpoint's version."""
-        files = self.storage.read(CheckpointPath.parse(path).folder)
-        manifest = json.loads(files["manifest.json"])
+        files, manifest = self.storage.read_checkpoint(path)
         if manifest["base_model"] != self.base_model:
             raise InvalidInput(
                 f"{path} was trained on {manifest['base_model']!r}, this run on {self.base_model!r}"

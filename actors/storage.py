@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
 from ..primitives.errors import NotFound
+from ..primitives.paths import CheckpointPath
+
+MANIFEST = "manifest.json"
 
 
 class Storage:
@@ -34,24 +39,29 @@ class Storage:
         self.fs.makedirs(temporary, exist_ok=True)
         for file, data in files.items():
             self.fs.pipe_file(f"{temporary}/{file}", data)
+        replaced = f"{temporary}-replaced"
         if self.exists(folder):
-            self.fs.rm(self._path(folder), recursive=True)
+            self.fs.mv(self._path(folder), replaced, recursive=True)
         self.fs.mv(temporary, self._path(folder), recursive=True)
+        if self.fs.exists(replaced):
+            self.fs.rm(replaced, recursive=True)
         return sum(len(data) for data in files.values())
 
-    def read(self, folder: str) -> dict[str, bytes]:
-        """All files of a folder by name.
+    def read_checkpoint(self, path: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """All files of the checkpoint `tinker://…` by name, and its manifest.
 
         Raises:
-            NotFound: there is no such folder.
+            InvalidInput: that is no checkpoint path.
+            NotFound: there is no such checkpoint.
         """
-        path = self._path(folder)
-        if not self.fs.exists(path):
-            raise NotFound(f"{self.root}/{folder} does not exist")
-        return {
+        folder = CheckpointPath.parse(path).folder
+        if not self.exists(f"{folder}/{MANIFEST}"):
+            raise NotFound(f"no checkpoint {path!r}; list_checkpoints() shows those there are")
+        files = {
             file.rpartition("/")[2]: self.fs.cat_file(file)
-            for file in self.fs.ls(path, detail=False)
+            for file in self.fs.ls(self._path(folder), detail=False)
         }
+        return files, json.loads(files[MANIFEST])
 
     def delete(self, folder: str) -> None:
         if self.exists(folder):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Collection
-from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
@@ -16,20 +15,16 @@ from .lora import Adapter
 
 
 class AdapterKey(NamedTuple):
-    """`serial` tells apart weights that were published under the same version, as happens when a
-    run goes back to an older checkpoint. The bare base model is `BASE`."""
+    """Names weights. `serial` tells apart different weights that had one run's same version, as
+    after a resume from an older checkpoint: nothing computed with the ones may serve the others."""
 
     run_id: str
     version: int
-    serial: int
-
-    @property
-    def cache_root(self) -> bytes:
-        """The key that begins the chain of a cached prefix's block keys."""
-        return blake2b(repr(self).encode(), digest_size=16).digest()
+    serial: int = 0
 
 
-BASE = AdapterKey("", 0, 0)
+BASE = AdapterKey("", 0)
+"""The bare base model."""
 
 
 class AdapterStore:
@@ -39,19 +34,21 @@ class AdapterStore:
     def __init__(self, max_kept: int = 32) -> None:
         self.max_kept = max_kept
         self._serials = itertools.count(1)
+        self._keys: dict[tuple[str, int], AdapterKey] = {}
         self._adapters: dict[AdapterKey, Adapter] = {}
-        self._named: dict[tuple[str, int], AdapterKey] = {}
         self._newest: dict[str, AdapterKey] = {}
         self._kept: OrderedDict[AdapterKey, None] = OrderedDict()
 
     def add(self, run_id: str, version: int, adapter: Adapter, keep: bool) -> None:
-        key = self._named.get((run_id, version))
-        if key is None or not _equal(self._adapters[key], adapter):
-            if key is not None:
-                self._kept.pop(key, None)
+        held = self._keys.get((run_id, version))
+        if held is not None and _equal(self._adapters[held], adapter):
+            key = held
+        else:
             key = AdapterKey(run_id, version, next(self._serials))
+            if held is not None:
+                self._kept.pop(held, None)
+            self._keys[run_id, version] = key
             self._adapters[key] = adapter
-            self._named[run_id, version] = key
         self._newest[run_id] = key
         if keep:
             self._kept[key] = None
@@ -66,9 +63,9 @@ class AdapterStore:
 
     def sweep(self, used: Collection[AdapterKey]) -> None:
         """Forget versions that nobody can ask for any more."""
-        wanted = {*used, *self._newest.values(), *self._kept}
-        self._adapters = {key: a for key, a in self._adapters.items() if key in wanted}
-        self._named = {name: key for name, key in self._named.items() if key in wanted}
+        needed = {*used, *self._newest.values(), *self._kept}
+        self._adapters = {k: a for k, a in self._adapters.items() if k in needed}
+        self._keys = {name: k for name, k in self._keys.items() if k in needed}
 
     def newest(self, run_id: str) -> int | None:
         key = self._newest.get(run_id)
@@ -92,7 +89,7 @@ class AdapterStore:
             )
         if policy.version is None:
             return newest
-        key = self._named.get((policy.run_id, policy.version))
+        key = self._keys.get((policy.run_id, policy.version))
         if key is None:
             raise NotFound(
                 f"the sampler no longer holds version {policy.version} of run {policy.run_id!r} "
@@ -105,8 +102,8 @@ class AdapterStore:
 
 
 def _equal(a: Adapter, b: Adapter) -> bool:
-    return a.weights.keys() == b.weights.keys() and all(
-        torch.equal(mine, its)
-        for name in a.weights
-        for mine, its in zip(a.weights[name], b.weights[name], strict=True)
+    return a.layout.config == b.layout.config and all(
+        torch.equal(x, y)
+        for name, pair in a.weights.items()
+        for x, y in zip(pair, b.weights[name], strict=True)
     )

@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def root_key(weights: object) -> bytes:
+    """Name of the beginning of all blocks computed with `weights` (whose `repr` names them)."""
+    return blake2b(repr(weights).encode(), digest_size=16).digest()
+
+
 def chain_key(parent: bytes, tokens: np.ndarray) -> bytes:
     """Name of the block that holds `tokens` after the block named `parent`."""
     return blake2b(tokens.astype(np.int64).tobytes(), key=parent, digest_size=16).digest()

@@ -71,6 +71,14 @@ def local_models(home: str | Path) -> list[tuple[str, ModelFacts]]:
     return found
 
 
+def model_name(path: str | Path, home: str | Path) -> str:
+    """What the model in a folder is called, however it was asked for: `org/name` in the models
+    folder, elsewhere its path."""
+    path = Path(path)
+    inside = path.parent == (Path(home) / "models").resolve()
+    return path.name.replace("--", "/") if inside else str(path)
+
+
 def resolve_model(base_model: str, home: str | Path, progress: Progress = lambda _: None) -> Path:
     """The folder of a base model, fetched into `<home>/models` if need be.
 

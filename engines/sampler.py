@@ -32,7 +32,7 @@ from ..primitives.types import (
 )
 from .adapter_store import AdapterKey, AdapterStore
 from .backbone import Backbone
-from .kv_cache import BlockPool, KVCache, chain_key
+from .kv_cache import BlockPool, KVCache, chain_key, root_key
 from .lora import Adapter, Span
 from .sampling import draw, uniforms
 from .step_attention import Chunk, StepAttention
@@ -171,11 +171,11 @@ class SamplerEngine:
     def drop_run(self, run_id: str) -> None:
         """Forget a run's weights; its requests under way fail."""
         self.adapters.drop_run(run_id)
-        for entry in [*self._waiting, *self._running()]:
-            if entry.request.policy.run_id == run_id:
-                self.cancel(entry.number)
-                error = NotFound(f"run {run_id!r} was closed while a request sampled from it")
-                self._events.append(Event(entry.number, error=error))
+        for request in [*self._waiting, *self._running()]:
+            if request.request.policy.run_id == run_id:
+                self.cancel(request.number)
+                gone = NotFound(f"run {run_id!r} was closed while it sampled")
+                self._events.append(Event(request.number, error=gone))
         self._sweep()
 
     def _sweep(self) -> None:
@@ -307,7 +307,7 @@ class SamplerEngine:
     def _reuse_prefix(self, sequence: _Sequence) -> None:
         """Start a prompt with the blocks that are cached already."""
         entry = sequence.request
-        key = self._weights(sequence).cache_root
+        key = root_key(self._weights(sequence))
         sequence.last_key = key
         if entry.prompt_logprobs is not None:
             return  # needs the hidden states of the whole prompt
@@ -338,7 +338,7 @@ class SamplerEngine:
             if sequence.weights is None and entry.prompt_length > self.block_size:
                 # Another request computes the same beginning just now: share it next step.
                 first = chain_key(
-                    self.adapters.resolve(entry.request.policy).cache_root,
+                    root_key(self.adapters.resolve(entry.request.policy)),
                     entry.request.prompt[: self.block_size],
                 )
                 waits = first in under_way and entry.prompt_logprobs is None
@@ -549,14 +549,14 @@ class SamplerEngine:
         assert s.weights is not None
         s.tokens.append(token)
         s.logprobs.append(logprob)
-        s.versions.append(s.weights.version)
+        s.versions.append(s.weights[1])
         self.stats.sampled_tokens += 1
         if token in entry.stop_tokens or self._ends_with_stop_string(s):
             s.stop_reason = "stop"
         elif len(s.logprobs) == entry.max_tokens:
             s.stop_reason = "length"
         if entry.streaming:
-            drawn = SampledToken(s.index, token, logprob, s.weights.version, s.stop_reason)
+            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason)
             self._events.append(Event(entry.number, token=drawn))
         if s.stop_reason is None:
             return

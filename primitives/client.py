@@ -6,6 +6,7 @@ log of operations; `SamplingClient` is a policy, pinned to a version or live.
 
 from __future__ import annotations
 
+import json
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -195,7 +196,12 @@ class TrainingClient(HasSync):
     def _submit(self, kind: str, *, seq_id: int | None = None, **args: Any) -> Op[Any]:
         seq = self._take_seq_ids() if seq_id is None else seq_id
         learner, run_id = self._grant.learner, self.run_id
-        future = learner.call("submit", run_id, seq, kind, args)
+        try:
+            future = learner.call("submit", run_id, seq, kind, args)
+        except Exception:
+            # The number is taken: let the log pass over it.
+            learner.call("submit", run_id, seq, "skip", {})
+            raise
         return Op(future, withdraw=lambda: learner.call("withdraw", run_id, seq))
 
     def forward(
@@ -239,9 +245,7 @@ class TrainingClient(HasSync):
     ) -> Op[ForwardBackwardOutput]:
         if logprobs not in ("all", "loss"):
             raise InvalidInput(f'logprobs must be "all" or "loss", got {logprobs!r}')
-        for index, datum in enumerate(data):
-            if not isinstance(datum, Datum):
-                raise InvalidInput(f"data[{index}] is a {type(datum).__name__}, not a Datum")
+        _check_datums(data)
         return self._submit(
             kind,
             seq_id=seq_id,
@@ -261,6 +265,7 @@ class TrainingClient(HasSync):
         learner runs one forward pass for the logprobs and one forward and backward pass with the
         weights `-d loss / d logprob`, which give exactly the gradient of your loss.
         """
+        _check_datums(data)
         plain = [_with_weights(datum, None) for datum in data]
         first = self._take_seq_ids(2)
         forward = self._forward_op("forward", plain, "cross_entropy", None, "all", first)
@@ -296,7 +301,10 @@ class TrainingClient(HasSync):
         Once a live sampling client exists, the new version is published with every step: when
         this op is done, live clients sample from it.
         """
-        return self._submit("optim_step", adam_params=adam_params or AdamParams())
+        params = AdamParams() if adam_params is None else adam_params
+        if not isinstance(params, AdamParams):
+            raise InvalidInput(f"adam_params must be AdamParams, got {type(params).__name__}")
+        return self._submit("optim_step", adam_params=params)
 
     def save_state(
         self, name: str, *, user_metadata: Mapping[str, Any] | None = None, overwrite: bool = False
@@ -305,9 +313,8 @@ class TrainingClient(HasSync):
 
         `user_metadata` (JSON values) is kept in the checkpoint's manifest.
         """
-        return self._submit(
-            "save_state", name=name, user_metadata=dict(user_metadata or {}), overwrite=overwrite
-        )
+        metadata = _json_values(user_metadata)
+        return self._submit("save_state", name=name, user_metadata=metadata, overwrite=overwrite)
 
     def load_state(self, path: str) -> Op[SaveResponse]:
         """Replace this run's weights by a checkpoint's; the optimizer starts afresh."""
@@ -355,6 +362,19 @@ class TrainingClient(HasSync):
 _custom_loss_pool = ThreadPoolExecutor(4, thread_name_prefix="tinsmith-custom-loss")
 
 
+def _check_datums(data: Sequence[Datum]) -> None:
+    for index, datum in enumerate(data):
+        if not isinstance(datum, Datum):
+            raise InvalidInput(f"data[{index}] is a {type(datum).__name__}, not a Datum")
+
+
+def _json_values(user_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(user_metadata or {})))
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"user_metadata must hold JSON values: {error}") from None
+
+
 def _with_weights(datum: Datum, weights: np.ndarray | None) -> Datum:
     targets = datum.loss_fn_inputs.get("target_tokens")
     if targets is None:
@@ -376,6 +396,8 @@ def _custom_weights(
     loss, metrics = loss_fn(data, logprobs)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise InvalidInput("a custom loss must return (scalar tensor, metrics)")
+    if not loss.requires_grad:
+        raise InvalidInput("the custom loss does not depend on the logprobs; is it detached?")
     grads = torch.autograd.grad(loss, logprobs, allow_unused=True)
     weights = [
         np.zeros(p.shape, np.float32) if g is None else (-g).numpy()
@@ -448,7 +470,7 @@ class ServiceClient(HasSync):
         lora = LoraConfig(rank, alpha, seed, train_attn, train_mlp, train_unembed)
         run_id = uuid.uuid4().hex[:12]
         return self._training(
-            "create_run", run_id, base_model, lora, None, False, dict(user_metadata or {})
+            "create_run", run_id, base_model, lora, None, False, _json_values(user_metadata)
         )
 
     def create_training_client_from_state(
@@ -457,7 +479,7 @@ class ServiceClient(HasSync):
         """Start a new run from a checkpoint's weights, with a fresh optimizer."""
         run_id = uuid.uuid4().hex[:12]
         return self._training(
-            "create_run", run_id, None, None, path, False, dict(user_metadata or {})
+            "create_run", run_id, None, None, path, False, _json_values(user_metadata)
         )
 
     def create_training_client_from_state_with_optimizer(
@@ -466,7 +488,7 @@ class ServiceClient(HasSync):
         """Start a new run from a checkpoint's weights and optimizer state."""
         run_id = uuid.uuid4().hex[:12]
         return self._training(
-            "create_run", run_id, None, None, path, True, dict(user_metadata or {})
+            "create_run", run_id, None, None, path, True, _json_values(user_metadata)
         )
 
     def resume_training_client(self, run_id: str, *, path: str | None = None) -> Op[TrainingClient]:

@@ -27,11 +27,12 @@ class CheckpointPath:
     name: str
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise InvalidInput(
-                f"checkpoint name {self.name!r} must be 1 to 128 letters, digits or . _ : + -, "
-                "starting with a letter or digit"
-            )
+        for what, name in (("run id", self.run_id), ("checkpoint name", self.name)):
+            if not _NAME.fullmatch(name):
+                raise InvalidInput(
+                    f"{what} {name!r} must be 1 to 128 letters, digits or . _ : + -, "
+                    "starting with a letter or digit"
+                )
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.run_id}/{self.kind}/{self.name}"

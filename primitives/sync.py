@@ -7,7 +7,7 @@ import asyncio
 import functools
 import inspect
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from typing import Any
 
 from .op import Op
@@ -29,11 +29,15 @@ def _drain(iterator: AsyncIterator[Any]) -> Iterator[Any]:
     async def advance() -> Any:
         return await anext(iterator)
 
-    while True:
-        try:
-            yield run_blocking(advance())
-        except StopAsyncIteration:
-            return
+    try:
+        while True:
+            try:
+                yield run_blocking(advance())
+            except StopAsyncIteration:
+                return
+    finally:
+        if isinstance(iterator, AsyncGenerator):
+            run_blocking(iterator.aclose())
 
 
 def _settle(value: Any) -> Any:
@@ -44,6 +48,10 @@ def _settle(value: Any) -> Any:
     elif hasattr(value, "__anext__"):
         return _drain(value)
     return value.sync if isinstance(value, HasSync) else value
+
+
+def _unwrap(value: Any) -> Any:
+    return value.client if isinstance(value, SyncClient) else value
 
 
 class HasSync:
@@ -61,14 +69,16 @@ class SyncClient:
         self.client = client
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # pickle and copy look for these before `client` is there
+            raise AttributeError(name)
         attribute = getattr(self.client, name)
         if not callable(attribute):
             return attribute
 
         @functools.wraps(attribute)
         def blocking(*args: Any, **kwargs: Any) -> Any:
-            unwrapped = [a.client if isinstance(a, SyncClient) else a for a in args]
-            return _settle(attribute(*unwrapped, **kwargs))
+            named = {name: _unwrap(value) for name, value in kwargs.items()}
+            return _settle(attribute(*map(_unwrap, args), **named))
 
         return blocking
 

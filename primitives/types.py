@@ -153,7 +153,7 @@ class SamplingParams:
 
     max_tokens: int | None = None
     seed: int | None = None
-    stop: str | Sequence[str] | Sequence[int] | None = None
+    stop: str | Sequence[str | int] | None = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
@@ -172,6 +172,8 @@ class SamplingParams:
         kinds = {type(item) for item in self.stop_list}
         if not (kinds <= {str} or kinds <= {int}):
             raise InvalidInput("stop must hold strings or token ids, not both")
+        if self.stop is not None and not isinstance(self.stop, str):
+            object.__setattr__(self, "stop", self.stop_list)
 
     @property
     def stop_list(self) -> list[Any]:

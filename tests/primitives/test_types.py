@@ -1,0 +1,152 @@
+"""Values are checked where they come in, and the message names the field."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import tinsmith
+from tinsmith.primitives.types import SampleRequest
+from tinsmith.primitives.validation import validate_datums
+
+
+def test_tokens_may_be_lists_arrays_or_tensors_and_become_int64():
+    for tokens in ([1, 2], np.array([1, 2], np.int32), torch.tensor([1, 2])):
+        model_input = tinsmith.ModelInput(tokens)
+        assert model_input.tokens.dtype == np.int64
+        assert model_input.to_ints() == [1, 2]
+    assert tinsmith.ModelInput.from_ints([3]).length == len(tinsmith.ModelInput([3])) == 1
+
+
+def test_a_datum_takes_lists_and_tensors_and_keeps_floats_as_float32():
+    datum = tinsmith.Datum(
+        [1, 2], {"target_tokens": torch.tensor([2, 3]), "weights": [0.5, 1], "logprobs": (0, -1)}
+    )
+    assert isinstance(datum.model_input, tinsmith.ModelInput)
+    assert datum.loss_fn_inputs["weights"].dtype == np.float32
+    assert datum.loss_fn_inputs["target_tokens"].dtype == np.int64
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        datum.model_input = None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2]], r"model_input must be one-dimensional, got shape \(1, 2\)"),
+        ([1.5], "model_input must be integer token ids, got dtype float64"),
+        (["a"], "model_input must be integer token ids"),
+        ([1, -3], "model_input holds a negative token id at position 1"),
+    ],
+)
+def test_bad_tokens_are_named(tokens, message):
+    with pytest.raises(tinsmith.InvalidInput, match=message):
+        tinsmith.ModelInput(tokens)
+
+
+def test_inputs_that_are_no_numbers_are_named():
+    with pytest.raises(tinsmith.InvalidInput, match=r"loss_fn_inputs\['weights'\] is not numeric"):
+        tinsmith.Datum([1], {"target_tokens": [1], "weights": ["heavy"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        ({"rank": True}, "rank must be an integer"),
+        ({"rank": 2.0}, "rank must be an integer"),
+        ({"alpha": float("nan")}, "alpha must be a positive number"),
+        (
+            {"train_attn": False, "train_mlp": False, "train_unembed": False},
+            "set at least one of train_attn, train_mlp, train_unembed",
+        ),
+    ],
+)
+def test_bad_lora_configs_are_named(changes, message):
+    with pytest.raises(tinsmith.InvalidInput, match=message):
+        tinsmith.LoraConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("learning_rate", -1e-3),
+        ("learning_rate", float("inf")),
+        ("eps", float("nan")),
+        ("weight_decay", -1),
+        ("grad_clip_norm", -1),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+    ],
+)
+def test_bad_adam_params_are_named(field, value):
+    with pytest.raises(tinsmith.InvalidInput, match=f"AdamParams.{field} must be"):
+        tinsmith.AdamParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("seed", -1),
+        ("stop", ["a", 1]),
+    ],
+)
+def test_bad_sampling_params_are_named(field, value):
+    with pytest.raises(tinsmith.InvalidInput, match=f"{field} must"):
+        tinsmith.SamplingParams(**{field: value})
+
+
+def test_stop_may_be_a_string_strings_or_token_ids():
+    assert tinsmith.SamplingParams(stop="END").stop_strings == ["END"]
+    assert tinsmith.SamplingParams(stop=["a", "b"]).stop_strings == ["a", "b"]
+    assert tinsmith.SamplingParams(stop=np.array([1, 2])).stop_tokens == [1, 2]
+    assert tinsmith.SamplingParams().stop_list == []
+
+
+def test_bad_sample_requests_are_named():
+    with pytest.raises(tinsmith.InvalidInput, match="prompt is empty"):
+        SampleRequest([])
+    with pytest.raises(tinsmith.InvalidInput, match="num_samples must be at least 1"):
+        SampleRequest([1], num_samples=0)
+    with pytest.raises(tinsmith.InvalidInput, match="topk_prompt_logprobs must be >= 0"):
+        SampleRequest([1], topk_prompt_logprobs=-1)
+
+
+def test_a_bad_datum_is_named_by_its_index_and_field():
+    good = tinsmith.Datum([1, 2], {"target_tokens": [2, 3], "weights": [1.0, 1.0]})
+    for changes, message in (
+        ({"weights": [1.0]}, r"datum 1: loss_fn_inputs\['weights'\] has shape \(1,\)"),
+        ({"weights": [1.0, np.nan]}, r"datum 1: .*'weights'\] is nan at position 1"),
+        ({"weights": [True, False]}, r"datum 1: .*'weights'\] must be numbers, got dtype bool"),
+        ({"target_tokens": [2.0, 3.0]}, r"datum 1: .*'target_tokens'\] must be integers"),
+        ({"target_tokens": [2, 10]}, r"datum 1: .*'target_tokens'\] holds token 10 at position 1"),
+        ({"advantages": [1, 1]}, r"datum 1: .*'advantages'\] is not an input of this loss"),
+    ):
+        bad = tinsmith.Datum([1, 2], {**good.loss_fn_inputs, **changes})
+        with pytest.raises(tinsmith.InvalidInput, match=message):
+            validate_datums([good, bad], ["weights"], 10, 512)
+    validate_datums([good], ["weights"], 10, 512)
+
+
+def test_a_trajectory_adds_up_its_segments():
+    def segment(mask, versions):
+        n = len(mask)
+        return tinsmith.Segment(
+            np.arange(n), np.array(mask), np.zeros(n, np.float32), np.array(versions, np.int32)
+        )
+
+    segments = [segment([False, True, True], [-1, 4, 5]), segment([False, True], [-1, 3])]
+    trajectory = tinsmith.Trajectory(segments, [0.5, 1.0], True, False, [])
+    assert trajectory.reward == 1.5
+    assert trajectory.num_sampled_tokens == 3
+    assert trajectory.oldest_version == 3
+    nothing = tinsmith.Trajectory([segment([False], [-1])], [], False, True, [])
+    assert (nothing.oldest_version, nothing.num_sampled_tokens, nothing.reward) == (-1, 0, 0.0)
