@@ -36,16 +36,23 @@ def trajectory_datums(trajectory: Trajectory, advantage: float) -> list[Datum]:
     return [datum for datum in datums if datum is not None]
 
 
-def sampled_versions(trajectory: Trajectory) -> list[np.ndarray]:
-    """Per datum of `trajectory_datums`, the version that sampled each target token, int32; -1
-    where the target was not sampled."""
-    versions = []
+def on_policy_masks(trajectory: Trajectory, version: int) -> list[np.ndarray]:
+    """Per datum of `trajectory_datums`, bool: the target tokens of turns that `version` sampled
+    from their first token to their last.
+
+    A turn that goes on under new weights keeps the keys and values of the old ones, so that its
+    later tokens are exactly those of neither.
+    """
+    masks = []
     for segment in trajectory.segments:
         sampled = np.flatnonzero(segment.mask)
-        if len(sampled) and sampled[-1] > 0:
-            here = slice(1, int(sampled[-1]) + 1)
-            versions.append(np.where(segment.mask[here], segment.versions[here], -1))
-    return versions
+        if len(sampled) == 0 or sampled[-1] == 0:
+            continue
+        mask = np.zeros(int(sampled[-1]) + 1, bool)
+        for turn in np.split(sampled, np.flatnonzero(np.diff(sampled) > 1) + 1):
+            mask[turn] = (segment.versions[turn] == version).all()
+        masks.append(mask[1:])
+    return masks
 
 
 def truncated_importance_weights(
@@ -77,8 +84,8 @@ def mismatch_metrics(
 ) -> dict[str, float]:
     """How far the learner's logprobs are from those recorded at sampling.
 
-    `on_policy[i]` marks datum i's tokens sampled by the very version that the learner holds:
-    there any difference is numerical (`mismatch_max`, `mismatch_mean`, in nats). Over all tokens
+    `on_policy[i]` marks datum i's tokens that the very version the learner holds sampled
+    (`on_policy_masks`): there any difference is numerical (`mismatch_max`, `mismatch_mean`, in nats). Over all tokens
     that the loss used, `policy_kl` estimates KL(sampler || learner) by
     `mean(exp(d) - 1 - d)`, d = learner - sampler (Schulman's k3).
     """

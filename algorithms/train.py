@@ -29,7 +29,7 @@ from ..primitives.types import AdamParams, Datum, SamplingParams, Trajectory
 from .advantages import get_advantage
 from .datums import (
     mismatch_metrics,
-    sampled_versions,
+    on_policy_masks,
     trajectory_datums,
     truncated_importance_weights,
 )
@@ -358,7 +358,7 @@ class _Runner:
         self._log_step(batch, staleness, waited, metrics)
 
     def _datums(self, batch: list[Group]) -> tuple[list[Datum], list[np.ndarray]]:
-        """The batch's datums, and per datum which positions the learner's own version sampled."""
+        """The batch's datums, and per datum which targets the learner's own version sampled."""
         config = self.config
         datums, fresh = [], []
         # The loss sums over tokens: weight by episodes, so that the gradient's scale does not
@@ -368,7 +368,7 @@ class _Runner:
             advantages = self.advantage(group.rewards) * weight
             for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
                 datums += trajectory_datums(trajectory, float(advantage))
-                fresh += [v == self.version for v in sampled_versions(trajectory)]
+                fresh += on_policy_masks(trajectory, self.version)
         return datums, fresh
 
     def _log_step(

@@ -5,7 +5,7 @@ import pytest
 
 from tinsmith.algorithms.datums import (
     mismatch_metrics,
-    sampled_versions,
+    on_policy_masks,
     trajectory_datums,
     truncated_importance_weights,
 )
@@ -28,14 +28,23 @@ def test_a_datums_targets_logprobs_and_advantages_line_up():
     assert datum.loss_fn_inputs["target_tokens"].tolist() == [11, 12, 13, 14, 15]
     assert datum.loss_fn_inputs["advantages"].tolist() == [0, -2, -2, 0, -2]
     np.testing.assert_allclose(datum.loss_fn_inputs["logprobs"], [0, -1.2, -1.3, 0, -1.5])
-    (versions,) = sampled_versions(trajectory([[0, 0, 1, 1, 0, 1, 0, 0]]))
-    assert versions.tolist() == [-1, 4, 4, -1, 4]
 
 
 def test_every_segment_with_sampled_tokens_is_a_datum():
     played = trajectory([[0, 1], [0, 0, 0], [0, 1, 1]])
     assert [d.model_input.length for d in trajectory_datums(played, 1.0)] == [1, 2]
-    assert len(sampled_versions(played)) == 2
+    assert [len(mask) for mask in on_policy_masks(played, 4)] == [1, 2]
+
+
+def test_a_turn_is_on_policy_if_all_of_it_is():
+    mask = np.array([0, 0, 1, 1, 0, 1, 1, 0, 1, 0], bool)
+    versions = np.array([-1, -1, 3, 4, -1, 4, 4, -1, 3, -1], np.int32)
+    tokens = np.arange(10)
+    segment = Segment(tokens, mask, np.zeros(10, np.float32), versions)
+    played = Trajectory([segment], [1.0], True, False, [])
+    (on_policy,) = on_policy_masks(played, 4)
+    assert on_policy.tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
+    assert len(on_policy) == trajectory_datums(played, 1.0)[0].model_input.length
 
 
 def test_importance_weights_are_truncated_and_the_proximal_policy_takes_over():
