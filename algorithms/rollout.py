@@ -92,7 +92,9 @@ class Rollouts:
         version: the learner's version now.
         oversubscription: groups started beyond what pacing allows, as a share of a batch.
         max_groups_in_flight: how many groups may play at once (None: as pacing allows).
-        keep: which finished groups are trained on; the others are counted and replaced.
+        keep: which finished groups are worth training on; the others are counted and replaced,
+            `max_replaced` of them per batch (None: as many as a batch holds). More are taken as
+            they are, so that a batch gets full even where nothing has signal.
         first_index, redo: where group numbers go on, and those to play again, after a resume.
         max_failures_in_a_row: `RolloutFailure` after so many failed episodes without a success.
     """
@@ -108,6 +110,7 @@ class Rollouts:
         oversubscription: float = 0.0,
         max_groups_in_flight: int | None = None,
         keep: Callable[[Group], bool] = has_signal,
+        max_replaced: int | None = None,
         first_index: int = 0,
         redo: Sequence[int] = (),
         max_failures_in_a_row: int = 64,
@@ -119,6 +122,7 @@ class Rollouts:
         self.surplus = math.ceil(oversubscription * groups_per_step)
         self.max_groups_in_flight = max_groups_in_flight
         self.keep = keep
+        self.max_replaced = groups_per_step if max_replaced is None else max_replaced
         self.max_failures_in_a_row = max_failures_in_a_row
         self.counts = RolloutCounts()
         self.on_group: Callable[[Group], None] = lambda group: None
@@ -129,6 +133,7 @@ class Rollouts:
         self._cancelled: set[asyncio.Task[Group]] = set()
         self._ready: list[Group] = []
         self._failures_in_a_row = 0
+        self._replaced = 0  # since the last batch
 
     async def __aenter__(self) -> Rollouts:
         self._issue()
@@ -219,6 +224,7 @@ class Rollouts:
         batch = self._ready[: self.groups_per_step]
         self._ready = self._ready[self.groups_per_step :]
         self.counts.trained += len(batch)
+        self._replaced = 0
         return batch
 
     def _take(self, group: Group) -> None:
@@ -234,7 +240,10 @@ class Rollouts:
             )
         if self._version - group.oldest_version > self.max_staleness:
             self.counts.dropped_stale += 1
-        elif not self.keep(group):
+        elif not group.trajectories:
             self.counts.dropped_no_signal += 1
+        elif not self.keep(group) and self._replaced < self.max_replaced:
+            self.counts.dropped_no_signal += 1
+            self._replaced += 1
         else:
             self._ready.append(group)

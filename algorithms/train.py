@@ -52,6 +52,8 @@ class TrainConfig:
             trajectory and the step that trains on it. 0 is strictly on-policy.
         oversubscription: groups played beyond what a step needs, as a share of it; whatever is
             left too old afterwards is dropped and counted.
+        max_replaced: groups without signal (all rewards equal) that are replaced per step, as a
+            share of it; more of them are trained on as they are.
         max_tokens: per model turn.
         eval_env_kwargs: laid over `env_kwargs` for evaluation (a held-out split, for instance).
         eval_every: steps between evaluations (0: only before and after).
@@ -73,6 +75,7 @@ class TrainConfig:
     group_size: int = 8
     max_staleness: int = 1
     oversubscription: float = 0.0
+    max_replaced: float = 1.0
     loss_fn: str = "cispo"
     loss_fn_config: dict[str, float] = field(default_factory=dict)
     proximal_cap: float = 0.0
@@ -92,7 +95,13 @@ class TrainConfig:
         for name in ("steps", "groups_per_step", "group_size", "checkpoint_every", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"TrainConfig.{name} must be at least 1")
-        for name in ("max_staleness", "oversubscription", "eval_every", "eval_episodes"):
+        for name in (
+            "max_staleness",
+            "oversubscription",
+            "max_replaced",
+            "eval_every",
+            "eval_episodes",
+        ):
             if getattr(self, name) < 0:
                 raise InvalidInput(f"TrainConfig.{name} must not be negative")
         get_loss(self.loss_fn).fill_config(self.loss_fn_config)
@@ -291,6 +300,7 @@ class _Runner:
             group_size=self.config.group_size,
             max_staleness=self.config.max_staleness,
             oversubscription=self.config.oversubscription,
+            max_replaced=round(self.config.max_replaced * self.config.groups_per_step),
             version=self.version,
             first_index=self.loop.next_index,
             redo=self.loop.outstanding,

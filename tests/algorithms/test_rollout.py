@@ -87,9 +87,16 @@ async def test_asynchronous_rollouts_run_ahead():
 
 async def test_groups_without_signal_are_counted_and_replaced():
     player = Player(reward=lambda index, member: float(member % 2 and index % 2))
-    _, rollouts = await run_loop(player, 6, max_staleness=1)
+    _, rollouts = await run_loop(player, 6, max_staleness=1, max_replaced=12)
     assert rollouts.counts.trained == 18
     assert rollouts.counts.dropped_no_signal >= 17
+
+
+async def test_where_nothing_has_signal_a_batch_still_gets_full():
+    player = Player(reward=lambda index, member: 1.0)
+    _, rollouts = await run_loop(player, 6, max_staleness=1, max_replaced=2)
+    assert rollouts.counts.trained == 18
+    assert rollouts.counts.dropped_no_signal == 12
 
 
 async def test_oversubscribed_groups_that_come_too_late_are_dropped_and_counted():
