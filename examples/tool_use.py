@@ -28,7 +28,7 @@ def main(
     model: Annotated[str, typer.Option(help="folder, name or Hugging Face id")] = (
         "HuggingFaceTB/SmolLM2-135M-Instruct"
     ),
-    steps: int = 12,
+    steps: int = 10,
     max_staleness: Annotated[int, typer.Option(help="0: strictly on-policy")] = 1,
     groups_per_step: int = 8,
     group_size: int = 8,
