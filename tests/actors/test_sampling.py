@@ -179,6 +179,11 @@ async def test_a_stream_yields_the_tokens_that_sample_returns(base):
         assert [t.stop_reason for t in streamed[index]] == [None] * 11 + ["length"]
 
 
+async def drain(stream) -> None:
+    async for _ in stream:
+        pass
+
+
 async def eventually(condition, seconds: float = 20) -> None:
     async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110
@@ -278,9 +283,6 @@ async def test_a_sample_of_a_run_that_is_deleted_meanwhile_fails(service):
     stream = live.sample_stream(PROMPT, 1, params(480))
     await anext(stream)
     await service.delete_training_run(training.run_id)
-    for call in (request, anext(stream), live.sample(PROMPT, 1, params(1))):
+    for call in (request, drain(stream), live.sample(PROMPT, 1, params(1))):
         with pytest.raises(tinsmith.NotFound, match=training.run_id):
-            async with asyncio.timeout(20):
-                while True:
-                    await call
-                    call = anext(stream)  # tokens that were under way already
+            await asyncio.wait_for(call, 20)
