@@ -22,7 +22,7 @@ class Connection:
 
     def __init__(self, address: str | None, home: str | Path | None, options: dict[str, Any]):
         self._address, self._options = address, options
-        self._home = str(home if home is not None else default_home())
+        self._home = str(Path(home if home is not None else default_home()).expanduser().absolute())
         self._service: ServiceClient | None = None
 
     def __await__(self) -> Generator[Any, None, ServiceClient]:
@@ -89,7 +89,7 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
     import ray
 
     from .controller import Controller
-    from .handle import RayHandle
+    from .handle import RayHandle, leave_cluster
 
     ours = not ray.is_initialized()
     if ours:
@@ -110,7 +110,7 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
 
     def close() -> None:
         if ours:
-            ray.shutdown()
+            leave_cluster()
 
     try:
         running_home = Op(handle.call("ping")).result()
@@ -139,5 +139,7 @@ def _join_ray(address: str | None, options: dict[str, Any]) -> None:
             )
         else:
             ray.init(address=address, **common)
+    except ValueError as error:  # ray:// without Ray's client installed, for instance
+        raise Unavailable(f"cannot join a Ray cluster at {address!r}: {error}") from error
     except ConnectionError as error:
         raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error

@@ -56,7 +56,7 @@ class Controller:
         self.kv_bytes = kv_bytes
         self.started: dict[tuple[str, str], asyncio.Task[RayHandle]] = {}
         self.models: dict[str, tuple[str, str]] = {}
-        self.env_pools: list[RayHandle] = []
+        self.env_workers_running: list[RayHandle] = []
 
     async def ping(self) -> str:
         return self.home
@@ -145,8 +145,14 @@ class Controller:
             )
             for _ in range(count)
         ]
-        self.env_pools.extend(workers)
+        self.env_workers_running += workers
         return workers
+
+    async def end_env_workers(self, workers: list[RayHandle]) -> None:
+        ended = {worker.actor for worker in workers}
+        for worker in workers:
+            ray.kill(worker.actor)
+        self.env_workers_running = [w for w in self.env_workers_running if w.actor not in ended]
 
     # ---- runs ----
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import ray
@@ -16,10 +17,13 @@ from ray.exceptions import (
 )
 
 from ..primitives.errors import OpCancelled, TinsmithError, Unavailable
+from ..primitives.op import failed
+
+_pending: set[Future[Any]] = set()
 
 
 def typed_error(error: BaseException, actor: str) -> BaseException:
-    """The error of `errors.py` behind an error of Ray's; the remote traceback stays as a note."""
+    """The error of `errors.py` behind an error of Ray's."""
     if isinstance(error, RayTaskError):
         cause = error.cause
         if isinstance(cause, TinsmithError):
@@ -32,6 +36,16 @@ def typed_error(error: BaseException, actor: str) -> BaseException:
     return error
 
 
+def leave_cluster() -> None:
+    """Disconnect this process, ending a cluster that it started. Calls still waiting fail: Ray
+    would never complete them."""
+    ray.shutdown()
+    for target in list(_pending):
+        with contextlib.suppress(InvalidStateError):
+            target.set_exception(Unavailable("the service was closed before it answered"))
+    _pending.clear()
+
+
 class RayHandle:
     """Submits calls to one actor. Picklable."""
 
@@ -40,16 +54,21 @@ class RayHandle:
         self.name = name
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
+        if not ray.is_initialized():
+            return failed(Unavailable(f"the service is closed: no {self.name} to call"))
         target: Future[Any] = Future()
         reference = getattr(self.actor, method).remote(*args, **kwargs)
 
         def complete(done: Future[Any]) -> None:
+            _pending.discard(target)
             error = done.exception()
-            if error is not None:
-                target.set_exception(typed_error(error, self.name))
-            else:
-                target.set_result(done.result())
+            with contextlib.suppress(InvalidStateError):  # the service was closed meanwhile
+                if error is not None:
+                    target.set_exception(typed_error(error, self.name))
+                else:
+                    target.set_result(done.result())
 
+        _pending.add(target)
         reference.future().add_done_callback(complete)
         return target
 

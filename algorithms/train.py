@@ -315,7 +315,7 @@ class _Runner:
         self.watch.group(group)
 
     async def _play(self, index: int, member: int) -> Trajectory:
-        return await self.env_client.run_episode(
+        episode = self.env_client.run_episode(
             EpisodeSpec(
                 env=self.config.env,
                 env_kwargs=self.config.env_kwargs,
@@ -329,6 +329,11 @@ class _Runner:
                 limits=self.config.limits(),
             )
         )
+        try:
+            return await episode
+        except asyncio.CancelledError:  # nobody wants it any more
+            episode.cancel()
+            raise
 
     async def step(self, rollouts: Rollouts) -> None:
         """Train on one batch."""

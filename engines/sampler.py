@@ -210,14 +210,14 @@ class SamplerEngine:
             )
         context = self.backbone.max_context
         max_tokens = params.max_tokens or context - length
-        if length + max_tokens > context or max_tokens < 1:
+        # The last token drawn is never fed back.
+        if length + max_tokens - 1 > context or max_tokens < 1:
             raise InvalidInput(
                 f"a prompt of {length} tokens and max_tokens={params.max_tokens} do not fit "
                 f"into the model's context of {context}"
             )
         self.adapters.resolve(request.policy)
         shared = length // self.block_size
-        # The last token drawn is never fed back.
         longest = -(-(length + max_tokens - 1) // self.block_size)
         needed = shared + request.num_samples * max(longest - shared, 1)
         if needed > self.pool.num_blocks:

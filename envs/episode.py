@@ -12,6 +12,7 @@ from typing import Any
 
 from ..primitives.client import SamplingClient
 from ..primitives.errors import EnvironmentFailure, InvalidInput
+from ..primitives.sync import SyncClient
 from ..primitives.types import SamplingParams, Trajectory
 from .fork_server import EnvSource
 from .isolation import EnvPool, EnvProcess
@@ -61,6 +62,8 @@ class EpisodeSpec:
     source: EnvSource = field(init=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.policy, SyncClient):
+            object.__setattr__(self, "policy", self.policy.client)
         # The factory of an environment registered in this process goes along, so that workers
         # need not know it.
         object.__setattr__(self, "source", EnvSource(self.env, pickled_factory(self.env)))

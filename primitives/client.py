@@ -409,13 +409,14 @@ def _custom_weights(
 class EnvClient(HasSync):
     """A pool of environment workers. Episodes go to the worker with the fewest under way."""
 
-    def __init__(self, workers: Sequence[Handle]) -> None:
+    def __init__(self, workers: Sequence[Handle], controller: Handle) -> None:
         self._workers = list(workers)
+        self._controller = controller
         self._running = [0] * len(self._workers)
         self._lock = threading.Lock()
 
     def run_episode(self, spec: Any) -> Op[Trajectory]:
-        """Play one episode (`envs.EpisodeSpec`) to its end.
+        """Play one episode (`envs.EpisodeSpec`) to its end; `cancel()` ends it before.
 
         Raises:
             EnvironmentFailure: the environment raised, hung, died or used too much memory.
@@ -424,14 +425,19 @@ class EnvClient(HasSync):
         with self._lock:
             index = int(np.argmin(self._running))
             self._running[index] += 1
-        future = self._workers[index].call("run_episode", spec)
+        worker, name = self._workers[index], uuid.uuid4().hex
+        future = worker.call("run_episode", name, spec)
 
         def leave(_: Future[Any]) -> None:
             with self._lock:
                 self._running[index] -= 1
 
         future.add_done_callback(leave)
-        return Op(future)
+        return Op(future, withdraw=lambda: worker.call("withdraw", name))
+
+    def close(self) -> Op[None]:
+        """End the workers and whatever they play."""
+        return Op(self._controller.call("end_env_workers", self._workers))
 
 
 class ServiceClient(HasSync):
@@ -524,7 +530,7 @@ class ServiceClient(HasSync):
         workers: Op[list[Handle]] = Op(
             self._controller.call("env_workers", base_model, num_workers, max_concurrent)
         )
-        return workers.then(EnvClient)
+        return workers.then(lambda handles: EnvClient(handles, self._controller))
 
     def list_training_runs(self) -> Op[list[TrainingRun]]:
         """All runs, newest first."""

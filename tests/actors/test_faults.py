@@ -1,0 +1,106 @@
+"""Actors that die: calls say so at once, and what was saved goes on in a new actor."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import ray
+
+import tinsmith
+from tests.actors.test_checkpoints import assert_same_weights, train
+from tests.actors.test_training import LORA, new_run
+from tests.data import text_datum
+
+MODEL = "tiny-qwen3"  # whose actors no other test uses
+PROMPT = np.arange(20)
+PARAMS = tinsmith.SamplingParams(max_tokens=400, stop=[], seed=0)
+
+
+def kill(handle) -> None:
+    ray.kill(handle.actor, no_restart=True)
+
+
+async def drain(stream) -> None:
+    async for _ in stream:
+        pass
+
+
+async def test_a_learner_that_dies_is_named_and_its_run_goes_on_from_a_checkpoint(service):
+    training = await new_run(service, LORA, MODEL)
+    await train(training, 0)
+    path = (await training.save_state("safe")).path
+    survivor = await service.create_training_client_from_state_with_optimizer(path)
+    twin = (await survivor.save_state("twin")).path
+    await train(training, 1)
+
+    learner = training._grant.learner
+    training._take_seq_ids()  # what follows waits when the learner dies
+    waiting = training.get_info()
+    await asyncio.sleep(0.1)
+    kill(learner)
+    custom = training.forward_backward_custom(
+        [text_datum(np.random.default_rng(0))], lambda d, p: (-p[0].sum(), {})
+    )
+    for call in (waiting, training.optim_step(), custom, training.live_sampling_client().ready()):
+        with pytest.raises(tinsmith.Unavailable, match="the learner actor is gone"):
+            await asyncio.wait_for(call, 30)
+
+    again, other, new = await asyncio.wait_for(
+        asyncio.gather(  # at once: one new learner serves them all
+            service.resume_training_client(training.run_id),
+            service.create_training_client_from_state_with_optimizer(twin),
+            new_run(service, LORA, MODEL),
+        ),
+        60,
+    )
+    assert len({c._grant.learner.actor._actor_id for c in (again, other, new)}) == 1
+    assert (await again.get_info()).version == 2
+    await train(again, 1)
+    await train(other, 1)
+    await assert_same_weights(again, other)
+    kill(new._grant.learner)
+    with pytest.raises(tinsmith.NotFound, match="no saved state"):
+        await service.resume_training_client(new.run_id)
+    await service.delete_training_run(new.run_id)
+
+
+async def test_a_sampler_that_dies_is_named_and_the_next_publication_starts_another(service):
+    training = await new_run(service, LORA, MODEL)
+    live = await training.live_sampling_client().ready()
+    request = live.sample(PROMPT, 8, PARAMS)
+    stream = live.sample_stream(PROMPT, 1, PARAMS)
+    await anext(stream)
+    kill(live._grant.result().sampler)
+    with pytest.raises(tinsmith.Unavailable, match="the sampler actor is gone"):
+        await asyncio.wait_for(request, 30)
+    with pytest.raises(tinsmith.Unavailable, match="the sampler actor is gone"):
+        await asyncio.wait_for(drain(stream), 30)
+    step = training.optim_step()  # publishes
+    with pytest.raises(tinsmith.Unavailable, match="the sampler actor is gone"):
+        await asyncio.wait_for(step, 30)
+    # The step itself was taken; only its publication failed.
+    assert (await training.get_info()).version == 1
+    live = await asyncio.wait_for(training.live_sampling_client().ready(), 60)
+    response = await live.sample(PROMPT, 1, tinsmith.SamplingParams(max_tokens=4))
+    assert set(response.sequences[0].versions) == {1}
+    await training.optim_step()
+
+
+async def test_an_environment_worker_that_dies_costs_its_episodes_and_comes_back(service):
+    policy = await service.create_sampling_client(base_model="tiny-llama")
+    client = await service.create_env_client("tiny-llama")
+    spec = tinsmith.EpisodeSpec(
+        "tests.envs.misbehaving:Misbehaving", policy, tinsmith.SamplingParams(max_tokens=4)
+    )
+    assert (await client.run_episode(spec)).reward == 3.0
+    worker = client._workers[0]
+    ray.kill(worker.actor, no_restart=False)
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                assert (await client.run_episode(spec)).reward == 3.0
+                break
+            except tinsmith.Unavailable as error:
+                assert "the environment worker actor is gone" in str(error)  # noqa: PT017
