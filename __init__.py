@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .actors.cluster import connect
+    from .algorithms.config import TrainConfig
     from .algorithms.evaluate import EvalResult, evaluate
-    from .algorithms.train import TrainConfig, TrainResult, Watcher, resume, train
+    from .algorithms.train import TrainResult, Watcher, resume, train
     from .engines.models import resolve_model
     from .envs.episode import EpisodeLimits, EpisodeSpec
     from .primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
@@ -51,8 +52,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "actors.cluster": ["connect"],
+    "algorithms.config": ["TrainConfig"],
     "algorithms.evaluate": ["EvalResult", "evaluate"],
-    "algorithms.train": ["TrainConfig", "TrainResult", "Watcher", "resume", "train"],
+    "algorithms.train": ["TrainResult", "Watcher", "resume", "train"],
     "engines.models": ["resolve_model"],
     "envs.episode": ["EpisodeLimits", "EpisodeSpec"],
     "primitives.client": ["EnvClient", "SamplingClient", "ServiceClient", "TrainingClient"],

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from ..envs.episode import EpisodeLimits, EpisodeSpec
+from ..envs.episode import EpisodeSpec
 from ..primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
 from ..primitives.codec import encode
-from ..primitives.errors import InvalidInput, NotFound
-from ..primitives.types import AdamParams, Datum, SamplingParams, Trajectory
+from ..primitives.errors import NotFound
+from ..primitives.types import Datum, SamplingParams, Trajectory
 from .advantages import get_advantage
+from .config import TrainConfig
 from .datums import (
     mismatch_metrics,
     on_policy_masks,
@@ -34,88 +35,8 @@ from .datums import (
     truncated_importance_weights,
 )
 from .evaluate import EvalResult, evaluate, is_success
-from .losses import get_loss
 from .rollout import Group, RolloutCounts, Rollouts
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a run's course depends on; kept as `run.json` in its folder.
-
-    The default loss, `cispo`, is the policy gradient with truncated importance weights, which
-    corrects stale data and trainer-sampler mismatch alike. `proximal_cap > 0` selects the
-    decoupled form instead: an extra forward pass gives the proximal policy around which `ppo`
-    clips, and importance weights against the sampler are truncated at `proximal_cap`.
-
-    Attributes:
-        max_staleness: largest number of optimizer steps between the oldest token of a
-            trajectory and the step that trains on it. 0 is strictly on-policy.
-        oversubscription: groups played beyond what a step needs, as a share of it; whatever is
-            left too old afterwards is dropped and counted.
-        max_replaced: groups without signal (all rewards equal) that are replaced per step, as a
-            share of it; more of them are trained on as they are.
-        max_tokens: per model turn.
-        eval_env_kwargs: laid over `env_kwargs` for evaluation (a held-out split, for instance).
-        eval_every: steps between evaluations (0: only before and after).
-        eval_episodes: size of the held-out set (0: no evaluation).
-        checkpoint_every: steps between checkpoints.
-    """
-
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    env: str = "calculator"
-    env_kwargs: dict[str, Any] = field(default_factory=dict)
-    eval_env_kwargs: dict[str, Any] = field(default_factory=dict)
-    rank: int = 32
-    alpha: float = 32.0
-    train_unembed: bool = True
-    learning_rate: float = 1e-4
-    grad_clip_norm: float = 1.0
-    steps: int = 50
-    groups_per_step: int = 8
-    group_size: int = 8
-    max_staleness: int = 1
-    oversubscription: float = 0.0
-    max_replaced: float = 1.0
-    loss_fn: str = "cispo"
-    loss_fn_config: dict[str, float] = field(default_factory=dict)
-    proximal_cap: float = 0.0
-    advantage: str = "grpo"
-    max_tokens: int = 64
-    max_turns: int = 8
-    temperature: float = 1.0
-    seed: int = 0
-    step_seconds: float = 30.0
-    episode_seconds: float = 300.0
-    num_env_workers: int = 1
-    eval_every: int = 0
-    eval_episodes: int = 200
-    checkpoint_every: int = 10
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "groups_per_step", "group_size", "checkpoint_every", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"TrainConfig.{name} must be at least 1")
-        for name in (
-            "max_staleness",
-            "oversubscription",
-            "max_replaced",
-            "eval_every",
-            "eval_episodes",
-        ):
-            if getattr(self, name) < 0:
-                raise InvalidInput(f"TrainConfig.{name} must not be negative")
-        get_loss(self.loss_fn).fill_config(self.loss_fn_config)
-        get_advantage(self.advantage)
-
-    def adam(self) -> AdamParams:
-        return AdamParams(self.learning_rate, grad_clip_norm=self.grad_clip_norm)
-
-    def limits(self) -> EpisodeLimits:
-        return EpisodeLimits(
-            max_turns=self.max_turns,
-            step_seconds=self.step_seconds,
-            episode_seconds=self.episode_seconds,
-        )
+from .run_folder import load_run, new_run_folder
 
 
 class Watcher:
@@ -175,17 +96,18 @@ async def train(
         InvalidInput, NotFound: the config cannot be used.
         RolloutFailure: the environment fails every time.
     """
+    about = {"env": config.env}
+    if run_dir:
+        about["run_dir"] = new_run_folder(run_dir)
     training = await service.create_lora_training_client(
         config.model,
         rank=config.rank,
         alpha=config.alpha,
         seed=config.seed,
         train_unembed=config.train_unembed,
-        user_metadata={"env": config.env},
+        user_metadata=about,
     )
     folder = Path(run_dir) if run_dir else Path(service.home) / "runs" / training.run_id
-    if (folder / "run.json").exists():
-        raise InvalidInput(f"{folder} holds a run already; resume it, or take another folder")
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "run.json", {"run_id": training.run_id, "config": asdict(config)})
     await training.save_state(_name(0), user_metadata={"loop": asdict(_Loop())})
@@ -216,19 +138,6 @@ async def resume(
     training = await service.resume_training_client(run_id, path=newest.path)
     _truncate_metrics(folder / "metrics.jsonl", loop.step)
     return await _train(service, training, config, folder, loop, watch or Watcher())
-
-
-def load_run(run_dir: str | Path) -> tuple[str, TrainConfig]:
-    """The id and config of the run in a folder.
-
-    Raises:
-        NotFound: there is no `run.json`.
-    """
-    path = Path(run_dir) / "run.json"
-    if not path.exists():
-        raise NotFound(f"there is no run in {Path(run_dir)} (no run.json)")
-    saved = json.loads(path.read_text())
-    return saved["run_id"], TrainConfig(**saved["config"])
 
 
 async def _train(
