@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .isolation import EnvPool
     from .registry import make, names, register
     from .renderer import ChatRenderer, Conversation
+    from .text_stream import TextStream
     from .tools import ToolEnv, ToolSet
 
 _HOME_OF = {
@@ -24,6 +25,7 @@ _HOME_OF = {
     "EnvPool": "isolation",
     "EpisodeLimits": "episode",
     "EpisodeSpec": "episode",
+    "TextStream": "text_stream",
     "ToolEnv": "tools",
     "ToolSet": "tools",
     "check_env": "check",
