@@ -15,11 +15,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import tinsmith
-from tinsmith.algorithms.plot import plot_rewards
 from tinsmith.cli.progress import RichWatcher
+from tinsmith.cli.report import report
 
 console = Console()
 
@@ -70,48 +69,8 @@ async def run(config: tinsmith.TrainConfig, folder: Path, going_on: bool) -> Non
                 result = await tinsmith.resume(service, folder, steps=config.steps, watch=watch)
             else:
                 result = await tinsmith.train(service, config, run_dir=folder, watch=watch)
-    report(config, result, time.monotonic() - started)
-
-
-def report(config: tinsmith.TrainConfig, result: tinsmith.TrainResult, seconds: float) -> None:
-    before, after = result.before, result.after
-    table = Table(title="held-out success")
-    for column in ("", "rate", "95% interval", "episodes"):
-        table.add_column(column)
-    for name, evaluation in (("before", before), ("after", after)):
-        if evaluation is not None:
-            interval = f"{evaluation.low:.3f} to {evaluation.high:.3f}"
-            table.add_row(name, f"{evaluation.rate:.3f}", interval, str(evaluation.episodes))
-    console.print(table)
-    for name, evaluation in (("before", before), ("after", after)):
-        if evaluation is not None:
-            show(f"an episode {name} training", evaluation.trajectories[0])
-    plot_rewards(result.run_dir, result.run_dir / "reward.png")
-    if result.stopped:
-        console.print(f"stopped; go on with --resume {result.run_dir}", highlight=False)
-    summary = {
-        "task": config.env,
-        "before": before and before.to_json(),
-        "after": after and after.to_json(),
-        "episodes": int(result.totals["episodes"]),
-        "optim_steps": result.steps,
-        "seconds": round(seconds, 1),
-        "run_dir": str(result.run_dir),
-    }
+    summary = report(console, config, result, time.monotonic() - started)
     print(json.dumps(summary), flush=True)
-
-
-def show(title: str, trajectory: tinsmith.Trajectory) -> None:
-    """The episode's own question and what followed (the worked examples before are left out)."""
-    console.rule(f"{title}: reward {trajectory.reward:g}")
-    questions = [
-        i
-        for i, message in enumerate(trajectory.messages)
-        if message["role"] == "user" and message["content"].startswith("First")
-    ]
-    for message in trajectory.messages[questions[-1] :]:
-        console.print(f"[bold]{message['role']:>9}[/bold]  ", end="")
-        console.print(message["content"], markup=False, highlight=False)
 
 
 if __name__ == "__main__":
