@@ -21,14 +21,32 @@ class TrainConfig:
     clips, and importance weights against the sampler are truncated at `proximal_cap`.
 
     Attributes:
+        model: folder, name or Hugging Face id of the base model.
+        env: a registered name, `gymnasium:<id>` or `package.module:Class`.
+        env_kwargs: arguments of the environment.
+        eval_env_kwargs: laid over `env_kwargs` for evaluation (a held-out split, for instance).
+        rank: of the LoRA adapter.
+        alpha: the adapter is scaled by `alpha / rank`.
+        train_unembed: adapt the output layer too.
+        grad_clip_norm: largest L2 norm of the gradient (0: no clipping).
+        steps: optimizer steps in all.
+        groups_per_step: groups of episodes that a step trains on.
+        group_size: episodes of one task, compared with one another.
         max_staleness: largest number of optimizer steps between the oldest token of a
             trajectory and the step that trains on it. 0 is strictly on-policy.
         oversubscription: groups played beyond what a step needs, as a share of it; whatever is
             left too old afterwards is dropped and counted.
         max_replaced: groups without signal (all rewards equal) that are replaced per step, as a
             share of it; more of them are trained on as they are.
+        loss_fn: name of the loss.
+        loss_fn_config: the loss's parameters.
+        proximal_cap: above 0, the decoupled form, with this cap on the importance weights.
+        advantage: name of the advantage estimator.
         max_tokens: per model turn.
-        eval_env_kwargs: laid over `env_kwargs` for evaluation (a held-out split, for instance).
+        max_turns: the model's turns in an episode, at most.
+        step_seconds: time limit of one step of the environment.
+        episode_seconds: time limit of an episode.
+        num_env_workers: actors that play episodes.
         eval_every: steps between evaluations (0: only before and after).
         eval_episodes: size of the held-out set (0: no evaluation).
         checkpoint_every: steps between checkpoints.
