@@ -107,6 +107,8 @@ def _status(text: str) -> Status:
 
 
 def _converse(runner: asyncio.Runner, talk: Chat, source: str) -> None:
+    import readline  # noqa: F401  gives `input` its line editing
+
     typer.echo(f"{source}: {HELP}", err=True)
     while True:
         try:
