@@ -13,11 +13,11 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,8 @@ from .datums import (
 from .evaluate import EvalResult, evaluate, is_success
 from .rollout import Group, RolloutCounts, Rollouts
 from .run_folder import load_run, new_run_folder
+
+T = TypeVar("T")
 
 
 class Watcher:
@@ -90,7 +92,8 @@ async def train(
 ) -> TrainResult:
     """Start a run. `run_dir` defaults to `<home>/runs/<run id>`.
 
-    Ctrl-C and SIGTERM end it after the step under way, with a checkpoint.
+    Ctrl-C and SIGTERM end it with a checkpoint: at once while it waits for episodes, else after
+    the step under way.
 
     Raises:
         InvalidInput, NotFound: the config cannot be used.
@@ -155,17 +158,17 @@ async def _train(
     with _stop_on_signals() as stop, _appending(folder / "metrics.jsonl") as log:
         runner = _Runner(training, episodes, live, config, folder, loop, watch, log)
         if loop.step == 0 and config.eval_episodes:
-            before = await runner.evaluate()
+            before = await _unless(stop, runner.evaluate())
         async with runner.rollouts() as rollouts:
             while loop.step < config.steps and not stop.is_set():
-                await runner.step(rollouts)
+                await runner.step(rollouts, stop)
                 last = loop.step == config.steps or stop.is_set()
                 if loop.step % config.checkpoint_every == 0 or last:
                     await runner.checkpoint(rollouts)
                 if not last and config.eval_every and loop.step % config.eval_every == 0:
-                    await runner.evaluate()
+                    await _unless(stop, runner.evaluate())
         if config.eval_episodes and not stop.is_set():
-            after = await runner.evaluate()
+            after = await _unless(stop, runner.evaluate())
     totals = {
         "episodes": loop.episodes,
         "sampled_tokens": loop.sampled_tokens,
@@ -244,11 +247,13 @@ class _Runner:
             episode.cancel()
             raise
 
-    async def step(self, rollouts: Rollouts) -> None:
-        """Train on one batch."""
+    async def step(self, rollouts: Rollouts, stop: asyncio.Event) -> None:
+        """Train on one batch, unless `stop` is set before there is one."""
         config, loop = self.config, self.loop
         waiting_since = time.monotonic()
-        batch = await rollouts.next_batch()
+        batch = await _unless(stop, rollouts.next_batch())
+        if batch is None:
+            return
         waited = time.monotonic() - waiting_since
         staleness = [self.version - group.oldest_version for group in batch]
         datums, fresh = self._datums(batch)
@@ -370,6 +375,18 @@ class _Runner:
         await self.training.save_state(
             _name(loop.step), user_metadata={"loop": asdict(loop)}, overwrite=True
         )
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None where `stop` is set first; `work` is cancelled then."""
+    stopping, working = asyncio.create_task(stop.wait()), asyncio.create_task(work)
+    try:
+        await asyncio.wait((stopping, working), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        stopping.cancel()
+        working.cancel()
+        await asyncio.gather(stopping, working, return_exceptions=True)
 
 
 def _seed(*words: int) -> int:

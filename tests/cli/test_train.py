@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
 
+import tinsmith
+from tests.cli.letters import SayAVowel
 from tinsmith.algorithms.plot import read_metrics
 from tinsmith.cli.config import load_config
+from tinsmith.envs import register
 from tinsmith.primitives.errors import InvalidInput, NotFound
 
 
@@ -27,6 +35,33 @@ def test_a_run_goes_on_to_another_end(service, command, run_toml, tmp_path):
     result = command("train", "--resume", tmp_path / "run", "--steps", 2, *importing)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["optim_steps"] == 2
+
+
+def test_ctrl_c_does_not_wait_for_episodes(service, tmp_path):
+    class SlowInTraining(SayAVowel):
+        def step(self, action):
+            if self.hint != "evaluation":
+                time.sleep(60)
+            return super().step(action)
+
+    class CtrlC(tinsmith.Watcher):
+        def evaluated(self, step, result):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    register("slow-in-training", SlowInTraining)
+    config = tinsmith.TrainConfig(
+        "tiny-llama",
+        "slow-in-training",
+        eval_env_kwargs={"hint": "evaluation"},
+        groups_per_step=1,
+        group_size=2,
+        max_tokens=4,
+        eval_episodes=1,
+        step_seconds=120.0,
+    )
+    run = tinsmith.train(service.client, config, run_dir=tmp_path / "run", watch=CtrlC())
+    result = asyncio.run(asyncio.wait_for(run, 50))
+    assert (result.steps, result.stopped) == (0, True)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(trained, command, run_toml):
