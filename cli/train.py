@@ -45,7 +45,7 @@ def train(
     """Train a policy in an environment, by asynchronous off-policy RL.
 
     With --json, progress goes to stderr and stdout ends with one JSON object. Ctrl-C ends the
-    run after the step under way, with a checkpoint.
+    run with a checkpoint, from which --resume goes on.
 
     An environment is a bundled one, one that --import registers, gymnasium:ID or
     package.module:Class; modules in the current folder are found.
