@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ class TrainConfig:
         oversubscription: groups played beyond what a step needs, as a share of it; whatever is
             left too old afterwards is dropped and counted.
         max_tokens: per model turn.
+        deterministic: play one episode at a time. With `max_staleness=0` and no evaluation in
+            between, a seed then gives the same adapter bit for bit; otherwise it gives the same
+            draws, but what else is in the sampler's batch shows in the last bits of logprobs.
         eval_env_kwargs: laid over `env_kwargs` for evaluation (a held-out split, for instance).
         eval_every: steps between evaluations (0: only before and after).
         eval_episodes: size of the held-out set (0: no evaluation).
@@ -84,12 +87,14 @@ class TrainConfig:
     step_seconds: float = 30.0
     episode_seconds: float = 300.0
     num_env_workers: int = 1
+    deterministic: bool = False
     eval_every: int = 0
     eval_episodes: int = 200
     checkpoint_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "groups_per_step", "group_size", "checkpoint_every", "max_tokens"):
+        positive = ("steps", "groups_per_step", "group_size", "checkpoint_every", "max_tokens")
+        for name in (*positive, "num_env_workers"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"TrainConfig.{name} must be at least 1")
         for name in ("max_staleness", "oversubscription", "eval_every", "eval_episodes"):
@@ -231,23 +236,28 @@ async def _train(
     watch: Watcher,
 ) -> TrainResult:
     watch.started(training.run_id, folder, loop.step)
-    episodes = await service.create_env_client(config.model, config.num_env_workers)
     live = await training.live_sampling_client().ready()
     before = after = None
     with _stop_on_signals() as stop, _appending(folder / "metrics.jsonl") as log:
-        runner = _Runner(training, episodes, live, config, folder, loop, watch, log)
-        if loop.step == 0 and config.eval_episodes:
-            before = await runner.evaluate()
-        async with runner.rollouts() as rollouts:
-            while loop.step < config.steps and not stop.is_set():
-                await runner.step(rollouts)
-                last = loop.step == config.steps or stop.is_set()
-                if loop.step % config.checkpoint_every == 0 or last:
+        workers = await service.create_env_client(config.model, config.num_env_workers)
+        async with workers as env_client:
+            runner = _Runner(training, env_client, live, config, folder, loop, watch, log)
+            if loop.step == 0 and config.eval_episodes:
+                before = await runner.evaluate()
+            async with runner.rollouts() as rollouts:
+                saved = loop.step
+                while loop.step < config.steps and not stop.is_set():
+                    await runner.step(rollouts)
+                    if loop.step % config.checkpoint_every == 0:
+                        await runner.checkpoint(rollouts)
+                        saved = loop.step
+                    due = config.eval_every and loop.step % config.eval_every == 0
+                    if due and loop.step < config.steps and not stop.is_set():
+                        await runner.evaluate()
+                if loop.step > saved:
                     await runner.checkpoint(rollouts)
-                if not last and config.eval_every and loop.step % config.eval_every == 0:
-                    await runner.evaluate()
-        if config.eval_episodes and not stop.is_set():
-            after = await runner.evaluate()
+            if config.eval_episodes and not stop.is_set():
+                after = await runner.evaluate()
     totals = {
         "episodes": loop.episodes,
         "sampled_tokens": loop.sampled_tokens,
@@ -278,6 +288,7 @@ class _Runner:
         self.watch, self.log = watch, log
         self.advantage = get_advantage(config.advantage)
         self.counts_before = dict(loop.counts)
+        self.turn = asyncio.Lock() if config.deterministic else nullcontext()
         self.version = 0
         self.finished: list[Group] = []
         self.step_started = time.monotonic()
@@ -305,7 +316,7 @@ class _Runner:
         self.watch.group(group)
 
     async def _play(self, index: int, member: int) -> Trajectory:
-        episode = self.env_client.run_episode(
+        return await self.run_episode(
             EpisodeSpec(
                 env=self.config.env,
                 env_kwargs=self.config.env_kwargs,
@@ -319,11 +330,15 @@ class _Runner:
                 limits=self.config.limits(),
             )
         )
-        try:
-            return await episode
-        except asyncio.CancelledError:  # nobody wants it any more
-            episode.cancel()
-            raise
+
+    async def run_episode(self, spec: EpisodeSpec) -> Trajectory:
+        async with self.turn:
+            episode = self.env_client.run_episode(spec)
+            try:
+                return await episode
+            except asyncio.CancelledError:  # nobody wants it any more
+                episode.cancel()
+                raise
 
     async def step(self, rollouts: Rollouts) -> None:
         """Train on one batch."""
@@ -438,7 +453,7 @@ class _Runner:
             )
             for number in range(config.eval_episodes)
         ]
-        result = await evaluate(self.env_client, specs, self.watch.eval_episode)
+        result = await evaluate(self, specs, self.watch.eval_episode)
         seconds = time.monotonic() - started
         self._append({"step": self.loop.step, "eval": result.to_json(), "eval_s": seconds})
         self.watch.evaluated(self.loop.step, result)
