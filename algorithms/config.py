@@ -47,6 +47,9 @@ class TrainConfig:
         step_seconds: time limit of one step of the environment.
         episode_seconds: time limit of an episode.
         num_env_workers: actors that play episodes.
+        deterministic: play one episode at a time. With `max_staleness=0` and no evaluation in
+            between, a seed then gives the same adapter bit for bit; otherwise it gives the same
+            draws, but what else is in the sampler's batch shows in the last bits of logprobs.
         eval_every: steps between evaluations (0: only before and after).
         eval_episodes: size of the held-out set (0: no evaluation).
         checkpoint_every: steps between checkpoints.
@@ -78,12 +81,14 @@ class TrainConfig:
     step_seconds: float = 30.0
     episode_seconds: float = 300.0
     num_env_workers: int = 1
+    deterministic: bool = False
     eval_every: int = 0
     eval_episodes: int = 200
     checkpoint_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "groups_per_step", "group_size", "checkpoint_every", "max_tokens"):
+        positive = ("steps", "groups_per_step", "group_size", "checkpoint_every", "max_tokens")
+        for name in (*positive, "num_env_workers"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"TrainConfig.{name} must be at least 1")
         for name in (

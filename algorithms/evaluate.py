@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from scipy.stats import binomtest
 
 from ..envs.episode import EpisodeSpec
-from ..primitives.client import EnvClient
-from ..primitives.errors import EnvironmentFailure, RolloutFailure
+from ..primitives.errors import EnvironmentFailure, RolloutFailure, Unavailable
 from ..primitives.types import Trajectory
 
 
@@ -37,8 +37,14 @@ class EvalResult:
         return {name: getattr(self, name) for name in names} | {"failed": len(self.failures)}
 
 
+class Player(Protocol):
+    """What plays episodes: an `EnvClient`, for one."""
+
+    def run_episode(self, spec: EpisodeSpec) -> Awaitable[Trajectory]: ...
+
+
 async def evaluate(
-    env_client: EnvClient,
+    env_client: Player,
     specs: Sequence[EpisodeSpec],
     on_episode: Callable[[Trajectory], None] | None = None,
 ) -> EvalResult:
@@ -51,7 +57,7 @@ async def evaluate(
     async def play(spec: EpisodeSpec) -> Trajectory | str:
         try:
             trajectory = await env_client.run_episode(spec)
-        except EnvironmentFailure as error:
+        except (EnvironmentFailure, Unavailable) as error:
             return str(error)
         if on_episode is not None:
             on_episode(trajectory)

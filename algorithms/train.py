@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,23 +152,28 @@ async def _train(
     watch: Watcher,
 ) -> TrainResult:
     watch.started(training.run_id, folder, loop.step)
-    episodes = await service.create_env_client(config.model, config.num_env_workers)
     live = await training.live_sampling_client().ready()
     before = after = None
     with _stop_on_signals() as stop, _appending(folder / "metrics.jsonl") as log:
-        runner = _Runner(training, episodes, live, config, folder, loop, watch, log)
-        if loop.step == 0 and config.eval_episodes:
-            before = await _unless(stop, runner.evaluate())
-        async with runner.rollouts() as rollouts:
-            while loop.step < config.steps and not stop.is_set():
-                await runner.step(rollouts, stop)
-                last = loop.step == config.steps or stop.is_set()
-                if loop.step % config.checkpoint_every == 0 or last:
+        workers = await service.create_env_client(config.model, config.num_env_workers)
+        async with workers as env_client:
+            runner = _Runner(training, env_client, live, config, folder, loop, watch, log)
+            if loop.step == 0 and config.eval_episodes:
+                before = await _unless(stop, runner.evaluate())
+            async with runner.rollouts() as rollouts:
+                saved = loop.step
+                while loop.step < config.steps and not stop.is_set():
+                    await runner.step(rollouts, stop)
+                    if loop.step % config.checkpoint_every == 0:
+                        await runner.checkpoint(rollouts)
+                        saved = loop.step
+                    due = config.eval_every and loop.step % config.eval_every == 0
+                    if due and loop.step < config.steps and not stop.is_set():
+                        await _unless(stop, runner.evaluate())
+                if loop.step > saved:
                     await runner.checkpoint(rollouts)
-                if not last and config.eval_every and loop.step % config.eval_every == 0:
-                    await _unless(stop, runner.evaluate())
-        if config.eval_episodes and not stop.is_set():
-            after = await _unless(stop, runner.evaluate())
+            if config.eval_episodes and not stop.is_set():
+                after = await _unless(stop, runner.evaluate())
     totals = {
         "episodes": loop.episodes,
         "sampled_tokens": loop.sampled_tokens,
@@ -199,6 +204,7 @@ class _Runner:
         self.watch, self.log = watch, log
         self.advantage = get_advantage(config.advantage)
         self.counts_before = dict(loop.counts)
+        self.turn = asyncio.Lock() if config.deterministic else nullcontext()
         self.version = 0
         self.finished: list[Group] = []
         self.step_started = time.monotonic()
@@ -227,7 +233,7 @@ class _Runner:
         self.watch.group(group)
 
     async def _play(self, index: int, member: int) -> Trajectory:
-        episode = self.env_client.run_episode(
+        return await self.run_episode(
             EpisodeSpec(
                 env=self.config.env,
                 env_kwargs=self.config.env_kwargs,
@@ -241,11 +247,15 @@ class _Runner:
                 limits=self.config.limits(),
             )
         )
-        try:
-            return await episode
-        except asyncio.CancelledError:  # nobody wants it any more
-            episode.cancel()
-            raise
+
+    async def run_episode(self, spec: EpisodeSpec) -> Trajectory:
+        async with self.turn:
+            episode = self.env_client.run_episode(spec)
+            try:
+                return await episode
+            except asyncio.CancelledError:  # nobody wants it any more
+                episode.cancel()
+                raise
 
     async def step(self, rollouts: Rollouts, stop: asyncio.Event) -> None:
         """Train on one batch, unless `stop` is set before there is one."""
@@ -362,7 +372,7 @@ class _Runner:
             )
             for number in range(config.eval_episodes)
         ]
-        result = await evaluate(self.env_client, specs, self.watch.eval_episode)
+        result = await evaluate(self, specs, self.watch.eval_episode)
         seconds = time.monotonic() - started
         self._append({"step": self.loop.step, "eval": result.to_json(), "eval_s": seconds})
         self.watch.evaluated(self.loop.step, result)

@@ -6,6 +6,7 @@ log of operations; `SamplingClient` is a policy, pinned to a version or live.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import uuid
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .errors import InvalidInput
+from .errors import InvalidInput, Unavailable
 from .op import Handle, Op, chain, completed, forward_result
 from .sync import HasSync
 from .types import (
@@ -438,6 +439,13 @@ class EnvClient(HasSync):
     def close(self) -> Op[None]:
         """End the workers and whatever they play."""
         return Op(self._controller.call("end_env_workers", self._workers))
+
+    async def __aenter__(self) -> EnvClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        with contextlib.suppress(Unavailable):  # they went with the service
+            await self.close()
 
 
 class ServiceClient(HasSync):

@@ -37,8 +37,11 @@ class Op(Generic[T]):
         self._withdraw = withdraw
 
     def __await__(self) -> Generator[Any, None, T]:
+        waiter = asyncio.wrap_future(self.future)
+        # An error that a cancelled await did not stay for is no unhandled one.
+        waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
         # Shielded: a cancelled await must not cancel the operation behind it.
-        return asyncio.shield(asyncio.wrap_future(self.future)).__await__()
+        return asyncio.shield(waiter).__await__()
 
     def result(self, timeout: float | None = None) -> T:
         """Block until the result is there. `timeout` in seconds raises `TimeoutError`."""

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-import tinsmith
-from tests.tiny import make_tiny_model
 from tinsmith.cli import app
 
 RUN_TOML = """
@@ -47,16 +45,8 @@ class Trained:
 
 
 @pytest.fixture(scope="package")
-def home(tmp_path_factory) -> Path:
-    """A home with the model `tiny-llama`."""
-    folder = tmp_path_factory.mktemp("home")
-    make_tiny_model(folder / "models" / "tiny-llama")
-    return folder
-
-
-@pytest.fixture(scope="package")
-def command(home) -> CommandLine:
-    return CommandLine(home)
+def command(tiny_home) -> CommandLine:
+    return CommandLine(tiny_home)
 
 
 @pytest.fixture(scope="package")
@@ -67,15 +57,8 @@ def run_toml(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def service(home):
-    """A cluster that the commands join; alone, each would start its own."""
-    service = tinsmith.connect(home=home, num_cpus=2, learner_threads=1, sampler_threads=1).sync
-    yield service
-    service.close()
-
-
-@pytest.fixture(scope="package")
 def trained(service, command, run_toml, tmp_path_factory) -> Trained:
+    # The command joins the tests' cluster.
     folder = tmp_path_factory.mktemp("runs") / "vowels"
     result = command(
         "train", run_toml, "--import", "tests.cli.letters", "--run-dir", folder, "--json"

@@ -5,15 +5,15 @@ import json
 import torch
 
 
-def test_doctor_names_the_engines_versions_and_models(command, home):
+def test_doctor_names_the_engines_versions_and_models(command, tiny_home):
     result = command("doctor", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["ok"]
     assert facts["engines"]["torch"] == {"ok": True, "why_not": None}
     assert facts["packages"]["torch"] == torch.__version__
-    assert facts["models"] == {"tiny-llama": "llama"}
-    assert facts["home"] == str(home)
+    assert facts["models"] == {"tiny-llama": "llama", "tiny-qwen3": "qwen3"}
+    assert facts["home"] == str(tiny_home)
 
 
 def test_an_engine_that_cannot_run_says_why(command):

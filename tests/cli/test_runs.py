@@ -37,10 +37,10 @@ def test_a_home_without_runs_has_none_and_stays_untouched(command, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_run_is_deleted_when_confirmed_and_only_then(service, command, home):
-    training = service.create_lora_training_client("tiny-llama", rank=2)
+def test_a_run_is_deleted_when_confirmed_and_only_then(service, command, tiny_home):
+    training = service.sync.create_lora_training_client("tiny-llama", rank=2)
     training.save_state("first")
-    files = home / "runs" / training.run_id
+    files = tiny_home / "runs" / training.run_id
     assert command("runs", training.run_id, "--delete", answers="n\n").exit_code == 1
     assert files.exists()
     assert command("runs", training.run_id, "--delete", "--yes").exit_code == 0

@@ -59,7 +59,7 @@ def test_ctrl_c_does_not_wait_for_episodes(service, tmp_path):
         eval_episodes=1,
         step_seconds=120.0,
     )
-    run = tinsmith.train(service.client, config, run_dir=tmp_path / "run", watch=CtrlC())
+    run = tinsmith.train(service, config, run_dir=tmp_path / "run", watch=CtrlC())
     result = asyncio.run(asyncio.wait_for(run, 50))
     assert (result.steps, result.stopped) == (0, True)
 

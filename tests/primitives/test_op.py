@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import Future
 
@@ -56,6 +57,16 @@ async def test_a_cancelled_await_leaves_the_operation_alone():
     assert not future.cancelled()
     future.set_result(3)
     assert await op == 3
+
+
+async def test_an_error_that_a_cancelled_await_did_not_stay_for_is_not_logged(caplog):
+    future: Future = Future()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(Op(future), 0.01)
+    future.set_exception(tinsmith.NotFound("gone"))
+    await asyncio.sleep(0.01)
+    gc.collect()
+    assert not caplog.records
 
 
 def test_result_waits_no_longer_than_its_timeout():
