@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, InvalidStateError
@@ -20,6 +21,7 @@ from ..primitives.errors import OpCancelled, TinsmithError, Unavailable
 from ..primitives.op import failed
 
 _pending: set[Future[Any]] = set()
+_END = object()
 
 
 def typed_error(error: BaseException, actor: str) -> BaseException:
@@ -73,20 +75,39 @@ class RayHandle:
         return target
 
     async def stream(self, method: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        if not ray.is_initialized():
+            raise Unavailable(f"the service is closed: no {self.name} to call")
         generator = (
             getattr(self.actor, method).options(num_returns="streaming").remote(*args, **kwargs)
         )
+        closed: Future[Any] = Future()
+        _pending.add(closed)
+        leaving = asyncio.wrap_future(closed)
+        following: asyncio.Task[Any] | None = None
         finished = False
         try:
-            async for reference in generator:
-                yield await reference
-            finished = True
+            while True:
+                following = asyncio.create_task(_next(generator))
+                await asyncio.wait((following, leaving), return_when=asyncio.FIRST_COMPLETED)
+                item = leaving.result() if leaving.done() else following.result()
+                if item is _END:
+                    finished = True
+                    return
+                yield item
         except (RayTaskError, RayActorError) as error:
             finished = True
             raise typed_error(error, self.name) from None
         finally:
-            if not finished:
+            _pending.discard(closed)
+            if following is not None:
+                following.cancel()
+            if not finished and ray.is_initialized():
                 ray.cancel(generator)
 
     def __repr__(self) -> str:
         return f"RayHandle({self.name})"
+
+
+async def _next(generator: Any) -> Any:
+    reference: Any = await anext(generator, _END)
+    return _END if reference is _END else await reference

@@ -85,12 +85,13 @@ def test_asyncio_scripts_connect_share_and_close(tiny_home, tmp_path):
                 except tinsmith.Unavailable as error:
                     print(json.dumps(str(error)))
                 await service.list_training_runs()  # neither closed the first one's cluster
-                pending = asyncio.ensure_future(wait(service))
+                pending = [asyncio.ensure_future(wait(service)), asyncio.ensure_future(drain(service))]
                 await asyncio.sleep(0.5)
-            try:
-                await asyncio.wait_for(pending, 20)
-            except tinsmith.Unavailable as error:
-                print(json.dumps(str(error)))
+            for call in pending:
+                try:
+                    await asyncio.wait_for(call, 20)
+                except tinsmith.Unavailable as error:
+                    print(json.dumps(str(error)))
             async with await tinsmith.connect(home=other_home, num_cpus=2) as service:
                 print(json.dumps(await service.list_training_runs()))
             print(json.dumps(children_settled()))
@@ -100,15 +101,20 @@ def test_asyncio_scripts_connect_share_and_close(tiny_home, tmp_path):
             training._take_seq_ids()
             await training.get_info()
 
+        async def drain(service):
+            policy = await service.create_sampling_client(base_model="tiny-llama")
+            async for _ in policy.sample_stream([1], 64, tinsmith.SamplingParams(500, stop=[])):
+                pass
+
         asyncio.run(main(*sys.argv[1:]))
         """,
         tiny_home,
         tmp_path,
     )
-    nobody, other_home, pending, runs, settled = map(json.loads, out.splitlines()[-5:])
+    nobody, other_home, *pending, runs, settled = map(json.loads, out.splitlines()[-6:])
     assert "ray://127.0.0.1:1" in nobody
     assert f"home {str(tiny_home)!r} runs in this cluster already" in other_home
-    assert "closed" in pending
+    assert all("closed" in call for call in pending)
     assert runs == []
     assert settled is True
 

@@ -97,7 +97,7 @@ async def test_an_environment_worker_that_dies_costs_its_episodes_and_comes_back
     assert (await client.run_episode(spec)).reward == 3.0
     worker = client._workers[0]
     ray.kill(worker.actor, no_restart=False)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while True:
             try:
                 assert (await client.run_episode(spec)).reward == 3.0
