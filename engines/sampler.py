@@ -324,8 +324,27 @@ class SamplerEngine:
             sequence.cached += size
             sequence.published += 1
             sequence.last_key = key
+        self._copy_prompt(sequence)
         entry.hits = sequence.cached
         self.stats.cached_prompt_tokens += sequence.cached
+
+    def _copy_prompt(self, sequence: _Sequence) -> None:
+        """Take over what no finished block holds, but a request with the same prompt that draws
+        just now has: all of it but the last token, whose hidden state is needed."""
+        last, size = sequence.request.prompt_length - 1, self.block_size
+        if sequence.cached == last:
+            return
+        prompt = sequence.request.request.prompt
+        for other in self._drawing:
+            if other.weights == sequence.weights and not other.mixed:
+                if not np.array_equal(other.request.request.prompt, prompt):
+                    continue
+                while sequence.cached < last:
+                    source = other.blocks[len(sequence.blocks)]
+                    self._take_block(sequence)
+                    self.cache.copy_block(source, sequence.blocks[-1])
+                    sequence.cached = min(len(sequence.blocks) * size, last)
+                return
 
     def _plan_prompts(self, room: int) -> list[tuple[_Sequence, int]]:
         """Which prompts go on this step, and by how many tokens."""

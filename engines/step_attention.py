@@ -1,12 +1,12 @@
 """Attention of one sampling step over the paged cache.
 
 Sequences that draw one token each are treated together. Blocks that several of them share (a
-common prompt) are attended to once, as one matrix product for all of them; what is each
-sequence's own is gathered side by side; the parts are combined by their log-sum-exps (Juravsky et
-al., "Hydragen", 2024). Prompt chunks attend each for itself.
+common prompt) are attended to once, as one matrix product for all of them (Juravsky et al.,
+"Hydragen", 2024); what is each sequence's own is gathered side by side; one softmax goes over the
+scores of both. Prompt chunks attend each for itself.
 
-Dimension names: T rows of the step, B decoding sequences, S rows of a chunk, L cached tokens,
-H query heads, G key/value heads, Q = H / G, E size of a head.
+Dimension names: T rows of the step, B decoding sequences, P shared pieces of equal shape, S rows
+of a chunk, L cached tokens, H query heads, G key/value heads, Q = H / G, E size of a head.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ class Chunk:
 
 
 @dataclass(frozen=True, eq=False)
-class _Shared:
-    """Decoding sequences `[start, stop)` share the blocks gathered by `rows`."""
+class _Slab:
+    """Neighbouring pieces of equal shape. Decoding sequences `[start, stop)`, in `pieces` equal
+    parts, see the shared blocks gathered by `rows`, whose scores stand at `columns`."""
 
     start: int
     stop: int
+    pieces: int
+    columns: slice
     rows: Tensor
 
 
@@ -100,7 +103,8 @@ class StepAttention:
     ) -> None:
         self.cache, self.queries_per_key = cache, queries_per_key
         self.write_rows = cache.slot_rows(slots)
-        self.decode_rows = torch.from_numpy(decode_rows).to(cache.device)
+        # None: all the step's rows, in order.
+        self.decode_rows = torch.from_numpy(decode_rows).to(cache.device) if chunks else None
         self.num_decoding = len(tables)
         if tables:
             self._plan_decoding(tables, lengths)
@@ -114,13 +118,10 @@ class StepAttention:
         ]
 
     def _plan_decoding(self, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-        size = self.cache.block_size
+        size, device = self.cache.block_size, self.cache.device
         full = [(length - 1) // size for length in lengths]
         pieces, covered = shared_prefixes(tables, full)
-        self.shared = [
-            _Shared(start, stop, self.cache.block_rows(np.array(tables[start][a:b])))
-            for start, stop, a, b in pieces
-        ]
+        self.slabs = self._slabs(tables, pieces)
         own = [table[skip:] for table, skip in zip(tables, covered, strict=True)]
         width = max(map(len, own))
         padded = np.zeros((len(own), width), np.int64)
@@ -130,7 +131,38 @@ class StepAttention:
         own_lengths = np.array(lengths) - size * np.array(covered)
         hidden = np.arange(width * size)[None] >= own_lengths[:, None]
         bias = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), -torch.inf)
-        self.own_bias_B1L = bias[:, None].to(self.cache.device)
+        # [G B, 1, L], added to the scores of what is each sequence's own.
+        self.own_bias = bias[:, None].repeat(self.cache.num_kv_heads, 1, 1).to(device)
+        self.shared_width = size * max(covered)
+        # Scores of shared blocks at their positions, then the own. Where a sequence shares
+        # nothing its scores stay at -inf.
+        self.scores = torch.full(
+            (
+                self.cache.num_kv_heads,
+                len(tables),
+                self.queries_per_key,
+                self.shared_width + width * size,
+            ),
+            -torch.inf,
+            device=device,
+            dtype=self.cache.keys[0].dtype,
+        )
+
+    def _slabs(
+        self, tables: Sequence[Sequence[int]], pieces: list[tuple[int, int, int, int]]
+    ) -> list[_Slab]:
+        slabs, size = [], self.cache.block_size
+        todo = sorted(pieces, key=lambda piece: (piece[2:], piece[:2]))
+        while todo:
+            start, stop, a, b = todo.pop(0)
+            blocks, members = [tables[start][a:b]], stop - start
+            while todo and todo[0] == (stop, stop + members, a, b):
+                todo.pop(0)
+                blocks.append(tables[stop][a:b])
+                stop += members
+            rows = self.cache.block_rows(np.array(blocks))
+            slabs.append(_Slab(start, stop, len(blocks), slice(a * size, b * size), rows))
+        return slabs
 
     def _mask(self, chunk: Chunk) -> Tensor:
         """Bool `[Q S, L]`."""
@@ -142,44 +174,47 @@ class StepAttention:
         self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, scale: float
     ) -> Tensor:
         self.cache.write(layer, self.write_rows, k_GTE, v_GTE)
+        if self.decode_rows is None:
+            return self._decode(layer, q_HTE, scale)
         heads, total, size = q_HTE.shape
         out_THE = q_HTE.new_empty(total, heads, size)
         if self.num_decoding:
-            q_GQBE = q_HTE[:, self.decode_rows].view(
-                -1, self.queries_per_key, self.num_decoding, size
-            )
-            q_GBQE = (q_GQBE.transpose(1, 2) * scale).contiguous()
-            out_GBQE = self._decode(layer, q_GBQE)
-            out_THE[self.decode_rows] = out_GBQE.permute(1, 0, 2, 3).reshape(-1, heads, size)
+            out_THE[self.decode_rows] = self._decode(layer, q_HTE[:, self.decode_rows], scale)
         for chunk, rows, mask in self.chunks:
             q_HSE = q_HTE[:, chunk.start : chunk.stop]
             out_HSE = self._prompt(layer, q_HSE, chunk, rows, mask, scale)
             out_THE[chunk.start : chunk.stop] = out_HSE.transpose(0, 1)
         return out_THE
 
-    def _decode(self, layer: int, q_GBQE: Tensor) -> Tensor:
-        groups, batch, per_key, size = q_GBQE.shape
-        k, v = self.cache.gather(layer, self.own_rows)
-        k, v = (x.view(groups * batch, -1, size) for x in (k, v))
-        bias = self.own_bias_B1L.expand(batch, per_key, -1).repeat(groups, 1, 1)
-        scores = torch.baddbmm(bias, q_GBQE.view(-1, per_key, size), k.transpose(1, 2))
-        if not self.shared:
-            return (scores.softmax(-1) @ v).view(q_GBQE.shape)
-        lse = scores.logsumexp(-1, keepdim=True)
-        out = (scores.sub_(lse).exp_() @ v).view(q_GBQE.shape)
-        lse = lse.view(groups, batch, per_key, 1)
-        for shared in self.shared:
-            here = slice(shared.start, shared.stop)
-            k, v = (x.view(groups, -1, size) for x in self.cache.gather(layer, shared.rows))
-            scores = q_GBQE[:, here].reshape(groups, -1, size) @ k.transpose(1, 2)
-            part_lse = scores.logsumexp(-1, keepdim=True)
-            part = (scores.sub_(part_lse).exp_() @ v).view(groups, -1, per_key, size)
-            part_lse = part_lse.view(groups, -1, per_key, 1)
-            both = torch.logaddexp(lse[:, here], part_lse)
-            out[:, here] *= (lse[:, here] - both).exp_()
-            out[:, here] += part.mul_((part_lse - both).exp_())
-            lse[:, here] = both
-        return out
+    def _decode(self, layer: int, q_HBE: Tensor, scale: float) -> Tensor:
+        """`[B, H, E]`."""
+        heads, batch, size = q_HBE.shape
+        per_key, groups = self.queries_per_key, heads // self.queries_per_key
+        q_GBQE = (q_HBE * scale).view(groups, per_key, batch, size).transpose(1, 2).contiguous()
+        k, own_v = (
+            x.view(groups * batch, -1, size) for x in self.cache.gather(layer, self.own_rows)
+        )
+        own = torch.baddbmm(self.own_bias, q_GBQE.view(-1, per_key, size), k.transpose(1, 2))
+        scores = self.scores
+        scores[..., self.shared_width :] = own.view(groups, batch, per_key, -1)
+        values = []
+        for slab in self.slabs:
+            here = slice(slab.start, slab.stop)
+            k, v = (
+                x.view(groups * slab.pieces, -1, size) for x in self.cache.gather(layer, slab.rows)
+            )
+            values.append(v)
+            q = q_GBQE[:, here].reshape(len(k), -1, size)
+            shared = q @ k.transpose(1, 2)
+            scores[:, here, :, slab.columns] = shared.view(groups, -1, per_key, k.shape[1])
+        weights = scores.softmax(-1)
+        out = weights[..., self.shared_width :].view(groups * batch, per_key, -1) @ own_v
+        out_GBQE = out.view(q_GBQE.shape)
+        for slab, v in zip(self.slabs, values, strict=True):
+            here = slice(slab.start, slab.stop)
+            shared = weights[:, here, :, slab.columns].reshape(len(v), -1, v.shape[1]) @ v
+            out_GBQE[:, here] += shared.view(groups, -1, per_key, size)
+        return out_GBQE.transpose(0, 1).reshape(batch, heads, size)
 
     def _prompt(
         self,

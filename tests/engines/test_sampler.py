@@ -185,10 +185,17 @@ def test_a_groups_prompt_is_computed_once(llama):
 
 def test_requests_with_one_prompt_at_once_share_its_computation(llama):
     engine = make_engine(llama)
-    for seed in range(8):
-        engine.submit(seeded(np.arange(100), seed))
-    finish(engine)
-    assert engine.stats.prompt_tokens == 100 + 7 * 4
+    numbers = [engine.submit(seeded(np.arange(100), seed)) for seed in range(8)]
+    together = finish(engine, *numbers)
+    # Only the last token, whose hidden state is needed, is computed again.
+    assert engine.stats.prompt_tokens == 100 + 7
+    assert engine.pool.in_use == 0
+    for seed, response in enumerate(together):
+        alone = make_engine(llama)
+        (expected,) = finish(alone, alone.submit(seeded(np.arange(100), seed)))
+        sampled, wanted = response.sequences[0], expected.sequences[0]
+        assert sampled.tokens.tolist() == wanted.tokens.tolist()
+        np.testing.assert_allclose(sampled.logprobs, wanted.logprobs, atol=1e-4)
 
 
 def test_a_next_turn_reuses_what_was_sampled(llama):
