@@ -23,7 +23,7 @@ from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
 from tinsmith.engines.sampler import SamplerEngine
 from tinsmith.primitives.client import load_tokenizer
-from tinsmith.primitives.types import SampleRequest
+from tinsmith.primitives.types import PolicyRef, SampleRequest
 
 LIMIT_MS = 15.0
 LORA = dict(rank=8, seed=0)
@@ -35,13 +35,14 @@ async def main() -> None:
     learner = LearnerEngine(Backbone(chosen.model))
     learner.create_run("run", LoraConfig(**LORA))
     sampler = SamplerEngine(learner.backbone, load_tokenizer(chosen.model), kv_bytes=1 << 28)
+    sampler.add_adapter("run", 0, LoraConfig(**LORA), learner.export("run"))
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, learner.backbone.vocab_size, 33)
     data = [Datum(tokens[:-1], {"target_tokens": tokens[1:], "weights": np.ones(32)})]
     params = SamplingParams(max_tokens=1, stop=[], seed=0)
 
     def sample_here() -> None:
-        sampler.submit(SampleRequest(tokens[:16], params))
+        sampler.submit(SampleRequest(tokens[:16], params, PolicyRef("run", 0)))
         while sampler.busy:
             sampler.step()
 

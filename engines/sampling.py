@@ -50,28 +50,28 @@ def draw(
     if (temperatures != 1).any():
         logits_NV /= scale[:, None]
     best_N = logits_NV.argmax(-1) if greedy.any() else None
-    lse_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    logprobs_NV = logits_NV.sub_(lse_N1)
+    logits_NV -= logits_NV.amax(-1, keepdim=True)
+    weights_NV = logits_NV.exp()
+    lse_N1 = weights_NV.sum(-1, keepdim=True).log_()
     restricted = ((top_ks > 0) | (top_ps < 1)) & ~greedy
-    weights_NV = logprobs_NV.exp()
     for row in np.flatnonzero(restricted):
         _restrict(weights_NV[row], int(top_ks[row]), float(top_ps[row]))
     chosen = _invert(weights_NV, torch.from_numpy(uniforms_N).to(device))
     if best_N is not None:
         chosen = torch.where(torch.from_numpy(greedy).to(device), best_N, chosen)
-    return chosen, logprobs_NV.gather(1, chosen[:, None])[:, 0]
+    return chosen, (logits_NV.gather(1, chosen[:, None]) - lse_N1)[:, 0]
 
 
-def _restrict(probs_V: Tensor, top_k: int, top_p: float) -> None:
+def _restrict(weights_V: Tensor, top_k: int, top_p: float) -> None:
     """Zero what is outside the `top_k` likeliest, then outside the smallest set of the likeliest
     with probability of at least `top_p` of what is left."""
-    ordered = probs_V.sort(descending=True).values
+    ordered = weights_V.sort(descending=True).values
     if 0 < top_k < len(ordered):
         ordered = ordered[:top_k]
     if top_p < 1:
         before = ordered.cumsum(0, dtype=torch.float64) - ordered
         ordered = ordered[: max(int((before < top_p * ordered.sum()).sum()), 1)]
-    probs_V[probs_V < ordered[-1]] = 0
+    weights_V[weights_V < ordered[-1]] = 0
 
 
 def _invert(weights_NV: Tensor, uniforms_N: Tensor) -> Tensor:

@@ -87,16 +87,21 @@ class _TargetLogprobs(torch.autograd.Function):
             ]
         for (start, stop, span), first, last in zip(chunks, edges, edges[1:], strict=False):
             logits_CV = _logits(h_ND[start:stop], w_VD, bounds, factors, span)
-            lse_N[start:stop] = lse_C = torch.logsumexp(logits_CV.float(), 1)
-            local = rows_M[first:last] - start
-            p_M[first:last] = logits_CV[local, targets_M[first:last]].float() - lse_C[local]
+            # In place: a chunk's logits are by far the largest thing here.
+            top_C1 = logits_CV.amax(1, keepdim=True)
+            chosen = (rows_M[first:last] - start, targets_M[first:last])
+            p_M[first:last] = logits_CV.sub_(top_C1)[chosen].float()
+            total_C1 = logits_CV.exp_().sum(1, keepdim=True, dtype=torch.float32)
+            lse_C1 = total_C1.log()
+            p_M[first:last] -= lse_C1[chosen[0], 0]
+            lse_N[start:stop] = (lse_C1 + top_C1)[:, 0]
             if mean_w_ND is not None:
-                softmax_CV = logits_CV.sub_(lse_C[:, None]).exp_()
-                mean_w_ND[start:stop] = softmax_CV @ w_VD
+                share_C1 = total_C1.reciprocal().to(logits_CV.dtype)
+                mean_w_ND[start:stop] = (logits_CV @ w_VD).mul_(share_C1)
                 if span >= 0:
                     offset = bounds[span][0]
-                    b_VR = factors[2 * span + 1].to(softmax_CV.dtype)
-                    mean_b[span][start - offset : stop - offset] = softmax_CV @ b_VR
+                    b_VR = factors[2 * span + 1].to(logits_CV.dtype)
+                    mean_b[span][start - offset : stop - offset] = (logits_CV @ b_VR) * share_C1
         if grads:
             ctx.chunks, ctx.edges, ctx.bounds = chunks, edges, bounds
             ctx.save_for_backward(
