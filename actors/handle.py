@@ -39,13 +39,16 @@ def typed_error(error: BaseException, actor: str) -> BaseException:
 
 
 def leave_cluster() -> None:
-    """Disconnect this process, ending a cluster that it started. Calls still waiting fail: Ray
-    would never complete them."""
+    """Disconnect this process, ending a cluster that it started. Calls still waiting fail."""
+    _fail_pending()  # before Ray tells some of them that their actor died
     ray.shutdown()
-    for target in list(_pending):
+    _fail_pending()  # submitted meanwhile: Ray would never complete them
+
+
+def _fail_pending() -> None:
+    while _pending:
         with contextlib.suppress(InvalidStateError):
-            target.set_exception(Unavailable("the service was closed before it answered"))
-    _pending.clear()
+            _pending.pop().set_exception(Unavailable("the service was closed before it answered"))
 
 
 class RayHandle:

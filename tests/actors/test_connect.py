@@ -114,7 +114,7 @@ def test_asyncio_scripts_connect_share_and_close(tiny_home, tmp_path):
     nobody, other_home, *pending, runs, settled = map(json.loads, out.splitlines()[-6:])
     assert "ray://127.0.0.1:1" in nobody
     assert f"home {str(tiny_home)!r} runs in this cluster already" in other_home
-    assert all("closed" in call for call in pending)
+    assert all("closed" in call for call in pending), pending
     assert runs == []
     assert settled is True
 
