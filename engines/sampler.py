@@ -335,16 +335,19 @@ class SamplerEngine:
         if sequence.cached == last:
             return
         prompt = sequence.request.request.prompt
-        for other in self._drawing:
-            if other.weights == sequence.weights and not other.mixed:
-                if not np.array_equal(other.request.request.prompt, prompt):
-                    continue
-                while sequence.cached < last:
-                    source = other.blocks[len(sequence.blocks)]
-                    self._take_block(sequence)
-                    self.cache.copy_block(source, sequence.blocks[-1])
-                    sequence.cached = min(len(sequence.blocks) * size, last)
-                return
+        donors = (
+            other
+            for other in self._drawing
+            if other.weights == sequence.weights
+            and not other.mixed
+            and np.array_equal(other.request.request.prompt, prompt)
+        )
+        donor = next(donors, None)
+        while donor is not None and sequence.cached < last:
+            source = donor.blocks[len(sequence.blocks)]
+            self._take_block(sequence)
+            self.cache.copy_block(source, sequence.blocks[-1])
+            sequence.cached = min(len(sequence.blocks) * size, last)
 
     def _plan_prompts(self, room: int) -> list[tuple[_Sequence, int]]:
         """Which prompts go on this step, and by how many tokens."""
