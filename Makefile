@@ -11,7 +11,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(f"Tinsmith needs Python 3.11 or newer, $(PYTHON) is {v}; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@echo "setting up .venv (a few minutes, once)"
 	@test -x $(PY) || $(PYTHON) -m venv .venv
-	@$(PY) -m pip install --disable-pip-version-check -q --progress-bar on -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip install --disable-pip-version-check -q --progress-bar on -c constraints.txt -e '.[dev,cookbook]'
+	@$(PY) -m pip install --disable-pip-version-check -q --no-deps tinker-cookbook==0.6.1
 	@touch $@
 
 test: setup
