@@ -231,6 +231,9 @@ class Controller:
             self.registry.run(run_id)
         return self.registry.checkpoints(run_id)
 
+    async def get_checkpoint(self, path: str) -> Checkpoint:
+        return self.registry.checkpoint(path)
+
     async def delete_checkpoint(self, path: str) -> None:
         folder = CheckpointPath.parse(path).folder
         self.registry.delete_checkpoint(path)

@@ -449,18 +449,19 @@ class EnvClient(HasSync):
 
 
 class ServiceClient(HasSync):
-    """The way in, made by `tinsmith.connect()`. `home` is where the service keeps its files."""
+    """The way in, made by `tinsmith.connect()`. `home` is where the service keeps its files,
+    `controller` what this client and other front doors (the gateway) call."""
 
     def __init__(
         self, controller: Handle, home: str, on_close: Callable[[], None] | None = None
     ) -> None:
         self.home = home
-        self._controller = controller
+        self.controller = controller
         self._on_close = on_close
 
     def get_server_capabilities(self) -> Op[ServerCapabilities]:
         """Models at hand, their context lengths, and the losses."""
-        return Op(self._controller.call("capabilities"))
+        return Op(self.controller.call("capabilities"))
 
     def create_lora_training_client(
         self,
@@ -515,8 +516,8 @@ class ServiceClient(HasSync):
         return self._training("resume_run", run_id, path)
 
     def _training(self, method: str, *args: Any) -> Op[TrainingClient]:
-        grant: Op[RunGrant] = Op(self._controller.call(method, *args))
-        return grant.then(lambda g: TrainingClient(g, self._controller))
+        grant: Op[RunGrant] = Op(self.controller.call(method, *args))
+        return grant.then(lambda g: TrainingClient(g, self.controller))
 
     def create_sampling_client(
         self, model_path: str | None = None, base_model: str | None = None
@@ -525,9 +526,9 @@ class ServiceClient(HasSync):
         if (model_path is None) == (base_model is None):
             raise InvalidInput("give exactly one of model_path and base_model")
         if model_path is not None:
-            future = self._controller.call("grant_checkpoint_sampler", model_path)
+            future = self.controller.call("grant_checkpoint_sampler", model_path)
         else:
-            future = self._controller.call("grant_sampler", base_model, PolicyRef())
+            future = self.controller.call("grant_sampler", base_model, PolicyRef())
         return Op(future).then(lambda grant: SamplingClient(completed(grant)))
 
     def create_env_client(
@@ -536,27 +537,27 @@ class ServiceClient(HasSync):
         """Environment workers that render and tokenize for `base_model`; each plays up to
         `max_concurrent` episodes at once, every environment in a process of its own."""
         workers: Op[list[Handle]] = Op(
-            self._controller.call("env_workers", base_model, num_workers, max_concurrent)
+            self.controller.call("env_workers", base_model, num_workers, max_concurrent)
         )
-        return workers.then(lambda handles: EnvClient(handles, self._controller))
+        return workers.then(lambda handles: EnvClient(handles, self.controller))
 
     def list_training_runs(self) -> Op[list[TrainingRun]]:
         """All runs, newest first."""
-        return Op(self._controller.call("list_runs"))
+        return Op(self.controller.call("list_runs"))
 
     def get_training_run(self, run_id: str) -> Op[TrainingRun]:
-        return Op(self._controller.call("get_run", run_id))
+        return Op(self.controller.call("get_run", run_id))
 
     def delete_training_run(self, run_id: str) -> Op[None]:
         """Forget a run: its memory, its checkpoints and its files."""
-        return Op(self._controller.call("delete_run", run_id))
+        return Op(self.controller.call("delete_run", run_id))
 
     def list_checkpoints(self, run_id: str | None = None) -> Op[list[Checkpoint]]:
         """Checkpoints of one run or of all, newest first."""
-        return Op(self._controller.call("list_checkpoints", run_id))
+        return Op(self.controller.call("list_checkpoints", run_id))
 
     def delete_checkpoint(self, path: str) -> Op[None]:
-        return Op(self._controller.call("delete_checkpoint", path))
+        return Op(self.controller.call("delete_checkpoint", path))
 
     def close(self) -> None:
         """Leave the service, stopping it if `connect()` started it. Unsaved runs are lost."""
