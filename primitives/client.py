@@ -283,7 +283,7 @@ class TrainingClient(HasSync):
                 return
             weighted = [_with_weights(d, w) for d, w in zip(data, weights, strict=True)]
             backward = self._forward_op(
-                "forward_backward", weighted, "cross_entropy", None, "all", first + 1
+                "forward_backward", weighted, "cross_entropy", None, "loss", first + 1
             )
             result = backward.then(
                 lambda out: ForwardBackwardOutput(output.loss_fn_outputs, out.metrics | metrics)

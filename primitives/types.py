@@ -72,7 +72,9 @@ class Datum:
     prediction of `target_tokens[t]` from `model_input[: t + 1]`.
 
     `loss_fn_inputs` holds arrays of length T (`target_tokens` int64; `weights`, `logprobs`,
-    `advantages`, ... float32). torch tensors and lists are accepted and copied to numpy.
+    `advantages`, ... float32). For `cross_entropy`, `target_tokens` and `weights` may also be
+    `[T, K]`: K weighted targets per position (soft targets), with weight 0 where there are fewer.
+    torch tensors and lists are accepted and copied to numpy.
     """
 
     model_input: ModelInput

@@ -136,6 +136,37 @@ def test_a_bad_datum_is_named_by_its_index_and_field():
     validate_datums([good], ["weights"], 10, 512)
 
 
+def test_soft_targets_are_checked_cell_by_cell():
+    targets, weights = np.ones((2, 3), int), np.ones((2, 3))
+    wrong_token, wrong_weight = targets.copy(), weights.copy()
+    wrong_token[1, 2] = 10
+    wrong_weight[0, 1] = np.inf
+    for inputs, message in (
+        ({"target_tokens": wrong_token}, r"'target_tokens'\] holds token 10 at position \[1, 2\]"),
+        ({"weights": wrong_weight}, r"'weights'\] is inf at position \[0, 1\]"),
+        ({"weights": np.ones(2)}, r"'weights'\] has shape \(2,\), target_tokens \(2, 3\)"),
+        ({"target_tokens": targets[:1]}, r"shape \(1, 3\), but model_input has 2 tokens"),
+        ({"target_tokens": targets[:, :0]}, "give at least one target per position"),
+        ({"target_tokens": targets[None]}, r"shape \(1, 2, 3\), but model_input has 2 tokens"),
+    ):
+        bad = tinsmith.Datum([1, 2], {"target_tokens": targets, "weights": weights, **inputs})
+        with pytest.raises(tinsmith.InvalidInput, match=f"datum 0: .*{message}"):
+            validate_datums([bad], ["weights"], 10, 512, multi_target=True)
+    good = tinsmith.Datum([1, 2], {"target_tokens": targets, "weights": weights})
+    validate_datums([good], ["weights"], 10, 512, multi_target=True)
+    with pytest.raises(tinsmith.InvalidInput, match="this loss takes one target per position"):
+        validate_datums([good], ["weights"], 10, 512)
+
+
+def test_optional_inputs_may_be_left_out():
+    inputs = {"target_tokens": [2, 3], "weights": [1.0, 1.0], "mask": [1.0, 0.0]}
+    with_mask = tinsmith.Datum([1, 2], inputs)
+    without = tinsmith.Datum([1, 2], {k: v for k, v in inputs.items() if k != "mask"})
+    validate_datums([with_mask, without], ["weights"], 10, 512, optional=["mask"])
+    with pytest.raises(tinsmith.InvalidInput, match="weights, other if you like"):
+        validate_datums([with_mask], ["weights"], 10, 512, optional=["other"])
+
+
 def test_a_trajectory_adds_up_its_segments():
     def segment(mask, versions):
         n = len(mask)
