@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
+import ray
 from harness import say
 
 
@@ -21,10 +22,11 @@ def served(home: str) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = ["serve", "--address", "auto", "--home", home, "--port", str(port)]
+    address = ray.get_runtime_context().gcs_address
+    command = ["serve", "--address", address, "--home", home, "--port", str(port)]
     process = subprocess.Popen(
         [sys.executable, "-c", "from tinsmith.cli import app; app()", *command],
-        stderr=subprocess.DEVNULL,
+        stderr=sys.stderr,
     )
     os.environ.update(TINKER_API_KEY="tml-benchmark", TINKER_TELEMETRY="0")
     try:
