@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ from ..primitives.types import (
     ServerCapabilities,
     SupportedModel,
     TrainingRun,
+    expiry,
 )
 from .env_worker import EnvWorker
 from .handle import RayHandle
@@ -38,6 +40,7 @@ from .threads import ENGINE_ENV
 
 # Waiting operations are coroutines of the actor: let hundreds of clients keep hundreds each.
 MAX_WAITING_CALLS = 100_000
+EXPIRY_PAUSE_S = 60.0
 
 
 class Controller:
@@ -57,8 +60,12 @@ class Controller:
         self.started: dict[tuple[str, str], asyncio.Task[RayHandle]] = {}
         self.models: dict[str, tuple[str, str]] = {}
         self.env_workers_running: list[RayHandle] = []
+        self.creating: set[str] = set()
+        self.expiring: asyncio.Task[None] | None = None
 
     async def ping(self) -> str:
+        if self.expiring is None:
+            self.expiring = asyncio.create_task(self._delete_expired())
         return self.home
 
     # ---- starting actors ----
@@ -165,7 +172,28 @@ class Controller:
         optimizer: bool,
         user_metadata: dict[str, Any],
     ) -> RunGrant:
-        """A new run on `base_model` under `lora`, or from the checkpoint `path`."""
+        """A new run on `base_model` under `lora`, or from the checkpoint `path`.
+
+        Raises:
+            InvalidInput: there is a run of that id.
+        """
+        if run_id in self.creating or self.registry.has_run(run_id):
+            raise InvalidInput(f"there is a run {run_id!r} already")
+        self.creating.add(run_id)
+        try:
+            return await self._create_run(run_id, base_model, lora, path, optimizer, user_metadata)
+        finally:
+            self.creating.discard(run_id)
+
+    async def _create_run(
+        self,
+        run_id: str,
+        base_model: str | None,
+        lora: LoraConfig | None,
+        path: str | None,
+        optimizer: bool,
+        user_metadata: dict[str, Any],
+    ) -> RunGrant:
         if path is not None:
             _, manifest = await asyncio.to_thread(self.storage.read_checkpoint, path)
             base_model, lora = manifest["base_model"], LoraConfig(**manifest["lora"])
@@ -178,7 +206,8 @@ class Controller:
         self.registry.add_run(TrainingRun(run_id, name, lora, now, now, user_metadata))
         return RunGrant(run_id, name, model_path, learner, first)
 
-    async def resume_run(self, run_id: str, path: str | None) -> RunGrant:
+    async def resume_run(self, run_id: str, path: str | None, next_seq_id: int = 1) -> RunGrant:
+        """Go on with a run; opened from a checkpoint, its operations count from `next_seq_id`."""
         run = self.registry.run(run_id)
         learner = await self._learner(run.base_model)
         following = await Op(learner.call("take_over", run_id))
@@ -188,7 +217,9 @@ class Controller:
                 if not checkpoints:
                     raise NotFound(f"run {run_id!r} is not in memory and has no saved state")
                 path = checkpoints[0].path
-            following = await Op(learner.call("open_run", run_id, run.lora, path, True))
+            following = await Op(
+                learner.call("open_run", run_id, run.lora, path, True, next_seq_id)
+            )
         self.registry.touch_run(run_id)
         name, model_path = await self._model(run.base_model)
         return RunGrant(run_id, name, model_path, learner, following)
@@ -199,14 +230,34 @@ class Controller:
     async def get_run(self, run_id: str) -> TrainingRun:
         return self.registry.run(run_id)
 
-    async def delete_run(self, run_id: str) -> None:
+    async def close_run(self, run_id: str) -> None:
+        """Free a run's memory; what is saved of it stays."""
         self.registry.run(run_id)
         for (kind, _), task in list(self.started.items()):
             if kind == "learner":
                 with contextlib.suppress(Unavailable):  # a dead one holds nothing
                     await Op((await asyncio.shield(task)).call("close_run", run_id))
+
+    async def delete_run(self, run_id: str) -> None:
+        await self.close_run(run_id)
         await asyncio.to_thread(self.storage.delete, f"runs/{run_id}")
         self.registry.delete_run(run_id)
+
+    async def unload(self, base_model: str) -> bool:
+        """End a model's learner and sampler, unless runs are open on it; the next use loads it
+        again."""
+        _, path = await self._model(base_model)
+        learner = self.started.get(("learner", path))
+        if learner is not None:
+            with contextlib.suppress(Unavailable):
+                if await Op((await asyncio.shield(learner)).call("open_runs")):
+                    return False
+        for kind in ("learner", "sampler"):
+            started = self.started.pop((kind, path), None)
+            if started is not None:
+                with contextlib.suppress(Unavailable):
+                    ray.kill((await started).actor)
+        return True
 
     # ---- samplers and checkpoints ----
 
@@ -233,6 +284,44 @@ class Controller:
 
     async def get_checkpoint(self, path: str) -> Checkpoint:
         return self.registry.checkpoint(path)
+
+    async def set_checkpoint_ttl(self, path: str, seconds: float | None) -> None:
+        """Let a checkpoint be deleted after `seconds`; None keeps it for good."""
+        self.registry.set_checkpoint(path, expires=expiry(seconds))
+
+    async def publish_checkpoint(self, path: str, public: bool) -> None:
+        """Let every owner that a gateway serves read a checkpoint, or its own alone."""
+        self.registry.set_checkpoint(path, public=public)
+
+    async def copy_checkpoint(self, path: str, run_id: str) -> str:
+        """Copy a checkpoint to another run, under its name; returns the copy's path.
+
+        Raises:
+            InvalidInput: the run has one of that name.
+        """
+        source, run = self.registry.checkpoint(path), self.registry.run(run_id)
+        copy = CheckpointPath(run.run_id, source.kind, source.name)
+        if await asyncio.to_thread(self.storage.exists, copy.folder):
+            raise InvalidInput(f"{copy} exists already")
+        await asyncio.to_thread(self.storage.copy, CheckpointPath.parse(path).folder, copy.folder)
+        self.registry.add_checkpoint(
+            replace(
+                source,
+                path=str(copy),
+                run_id=run_id,
+                created=time.time(),
+                expires=None,
+                public=False,
+            )
+        )
+        return str(copy)
+
+    async def _delete_expired(self) -> None:
+        while True:
+            for checkpoint in self.registry.expired_checkpoints():
+                with contextlib.suppress(NotFound):
+                    await self.delete_checkpoint(checkpoint.path)
+            await asyncio.sleep(EXPIRY_PAUSE_S)
 
     async def delete_checkpoint(self, path: str) -> None:
         folder = CheckpointPath.parse(path).folder

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import safetensors.torch
-import torch
 
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
@@ -32,6 +31,7 @@ from ..primitives.types import (
     PublishResponse,
     SaveResponse,
     TrainingInfo,
+    expiry,
 )
 from .storage import MANIFEST, Storage
 from .threads import set_engine_threads
@@ -107,9 +107,15 @@ class Learner:
     # ---- runs ----
 
     async def open_run(
-        self, run_id: str, lora: LoraConfig, path: str | None, optimizer: bool
+        self,
+        run_id: str,
+        lora: LoraConfig,
+        path: str | None,
+        optimizer: bool,
+        next_seq_id: int = 1,
     ) -> int:
-        """Start a run, afresh or from a checkpoint; returns the number of its first operation."""
+        """Start a run, afresh or from a checkpoint; returns the number of its first operation,
+        `next_seq_id`."""
         if run_id in self.logs:
             await self.close_run(run_id)
         await self._in_engine(self.engine.create_run, run_id, lora)
@@ -120,9 +126,12 @@ class Learner:
         except BaseException:
             await self._in_engine(self.engine.drop_run, run_id)
             raise
-        self.logs[run_id] = RunLog(run_id)
+        self.logs[run_id] = RunLog(run_id, next_seq_id)
         self.turn.append(run_id)
-        return 1
+        return next_seq_id
+
+    async def open_runs(self) -> list[str]:
+        return list(self.logs)
 
     async def take_over(self, run_id: str) -> int | None:
         """Where a new client's operations go on, after all that has arrived; None if the run is
@@ -269,9 +278,13 @@ class Learner:
 
         return publish()
 
-    def _op_publish(self, log: RunLog, live: bool) -> Coroutine[Any, Any, PublishResponse]:
-        log.live = log.live or live
-        return self._publication(log.run_id, keep=not live)
+    def _op_publish(
+        self, log: RunLog, keep: bool, every_step: bool
+    ) -> Coroutine[Any, Any, PublishResponse]:
+        """`keep` holds this version for those who pin it; `every_step` publishes every step's
+        from here on."""
+        log.live = log.live or every_step
+        return self._publication(log.run_id, keep)
 
     def _op_get_info(self, log: RunLog) -> TrainingInfo:
         backbone, run = self.engine.backbone, self.engine.runs[log.run_id]
@@ -286,19 +299,14 @@ class Learner:
             run.layout.size,
         )
 
-    def _op_save_state(
-        self, log: RunLog, name: str, user_metadata: dict[str, Any], overwrite: bool
-    ) -> Coroutine[Any, Any, SaveResponse]:
-        path = CheckpointPath(log.run_id, "weights", name)
-        state = self.engine.state(log.run_id)
-        return self._save(path, state, user_metadata, overwrite)
+    def _op_save_state(self, log: RunLog, name: str, **how: Any) -> Any:
+        return self._save(CheckpointPath(log.run_id, "weights", name), **how)
 
-    def _op_save_weights_for_sampler(
-        self, log: RunLog, name: str, overwrite: bool
-    ) -> Coroutine[Any, Any, SaveResponse]:
-        path = CheckpointPath(log.run_id, "sampler_weights", name)
-        state = {"params": self.engine.export(log.run_id)}
-        return self._save(path, state, {}, overwrite)
+    def _op_save_weights_for_sampler(self, log: RunLog, name: str, **how: Any) -> Any:
+        return self._save(CheckpointPath(log.run_id, "sampler_weights", name), **how)
+
+    def _op_save_weights_external(self, log: RunLog, name: str, **how: Any) -> Any:
+        return self._save(CheckpointPath(log.run_id, "external_weights", name), **how)
 
     def _op_load_state(self, log: RunLog, path: str, optimizer: bool) -> Any:
         self._load_checkpoint(log.run_id, path, optimizer, False)
@@ -342,15 +350,20 @@ class Learner:
     def _save(
         self,
         path: CheckpointPath,
-        state: dict[str, torch.Tensor],
         user_metadata: dict[str, Any],
-        overwrite: bool,
+        overwrite: bool = False,
+        ttl_seconds: float | None = None,
     ) -> Coroutine[Any, Any, SaveResponse]:
+        expires = expiry(ttl_seconds)
         taken = path in self.saving or self.storage.exists(path.folder)
         if taken and not overwrite:
             raise InvalidInput(f"{path} exists already; take another name, or overwrite=True")
         self.saving.add(path)
         run = self.engine.runs[path.run_id]
+        if path.kind == "weights":
+            state = self.engine.state(path.run_id)
+        else:
+            state = {"params": self.engine.export(path.run_id)}
         version, layout = run.version, run.layout
         manifest = {
             "base_model": self.base_model,
@@ -375,6 +388,7 @@ class Learner:
                 time.time(),
                 size,
                 user_metadata,
+                expires,
             )
 
         async def save() -> SaveResponse:

@@ -19,8 +19,11 @@ CREATE TABLE IF NOT EXISTS runs (
 CREATE TABLE IF NOT EXISTS checkpoints (
     path TEXT PRIMARY KEY, run_id TEXT NOT NULL REFERENCES runs(run_id) ON DELETE CASCADE,
     kind TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, created REAL NOT NULL,
-    size_bytes INTEGER NOT NULL, user_metadata TEXT NOT NULL);
+    size_bytes INTEGER NOT NULL, user_metadata TEXT NOT NULL,
+    expires REAL, public INTEGER NOT NULL DEFAULT 0);
 """
+# Columns that files of earlier versions lack.
+ADDED = {"expires": "REAL", "public": "INTEGER NOT NULL DEFAULT 0"}
 
 
 class Registry:
@@ -32,6 +35,10 @@ class Registry:
         self.db.execute("PRAGMA journal_mode=WAL")
         self.db.execute("PRAGMA foreign_keys=ON")
         self.db.executescript(SCHEMA)
+        columns = {row["name"] for row in self.db.execute("PRAGMA table_info(checkpoints)")}
+        for name, kind in ADDED.items():
+            if name not in columns:
+                self.db.execute(f"ALTER TABLE checkpoints ADD COLUMN {name} {kind}")
 
     def add_run(self, run: TrainingRun) -> None:
         self.db.execute(
@@ -55,6 +62,9 @@ class Registry:
             raise NotFound(f"no run {run_id!r}; list_training_runs() shows those there are")
         return _run(row)
 
+    def has_run(self, run_id: str) -> bool:
+        return bool(self.db.execute("SELECT 1 FROM runs WHERE run_id=?", (run_id,)).fetchone())
+
     def runs(self) -> list[TrainingRun]:
         return [_run(r) for r in self.db.execute("SELECT * FROM runs ORDER BY created DESC")]
 
@@ -67,27 +77,45 @@ class Registry:
         row["user_metadata"] = json.dumps(checkpoint.user_metadata)
         self.db.execute(
             "INSERT OR REPLACE INTO checkpoints VALUES (:path, :run_id, :kind, :name, :version, "
-            ":created, :size_bytes, :user_metadata)",
+            ":created, :size_bytes, :user_metadata, :expires, :public)",
             row,
         )
 
     def checkpoint(self, path: str) -> Checkpoint:
-        row = self.db.execute("SELECT * FROM checkpoints WHERE path=?", (path,)).fetchone()
+        row = self.db.execute(
+            "SELECT * FROM checkpoints WHERE path=? AND (expires IS NULL OR expires > ?)",
+            (path, time.time()),
+        ).fetchone()
         if row is None:
             raise NotFound(f"no checkpoint {path!r}; list_checkpoints() shows those there are")
         return _checkpoint(row)
 
     def checkpoints(self, run_id: str | None = None, kind: str | None = None) -> list[Checkpoint]:
+        """Newest first, without those that have expired."""
         rows = self.db.execute(
             "SELECT * FROM checkpoints WHERE (?1 IS NULL OR run_id=?1) AND (?2 IS NULL OR kind=?2)"
-            " ORDER BY created DESC, rowid DESC",
-            (run_id, kind),
+            " AND (expires IS NULL OR expires > ?3) ORDER BY created DESC, rowid DESC",
+            (run_id, kind, time.time()),
         )
         return [_checkpoint(row) for row in rows]
 
-    def delete_checkpoint(self, path: str) -> None:
+    def expired_checkpoints(self) -> list[Checkpoint]:
+        rows = self.db.execute("SELECT * FROM checkpoints WHERE expires <= ?", (time.time(),))
+        return [_checkpoint(row) for row in rows]
+
+    def set_checkpoint(self, path: str, **values: Any) -> None:
+        """Change `expires` or `public`."""
         self.checkpoint(path)
-        self.db.execute("DELETE FROM checkpoints WHERE path=?", (path,))
+        for name, value in values.items():
+            self.db.execute(f"UPDATE checkpoints SET {name}=? WHERE path=?", (value, path))
+
+    def delete_checkpoint(self, path: str) -> None:
+        """
+        Raises:
+            NotFound: there is none of that path.
+        """
+        if not self.db.execute("DELETE FROM checkpoints WHERE path=?", (path,)).rowcount:
+            raise NotFound(f"no checkpoint {path!r}; list_checkpoints() shows those there are")
 
 
 def _run(row: sqlite3.Row) -> TrainingRun:
@@ -100,4 +128,5 @@ def _run(row: sqlite3.Row) -> TrainingRun:
 def _checkpoint(row: sqlite3.Row) -> Checkpoint:
     fields = dict(row)
     fields["user_metadata"] = json.loads(fields["user_metadata"])
+    fields["public"] = bool(fields["public"])
     return Checkpoint(**fields)

@@ -63,6 +63,11 @@ class Storage:
         }
         return files, json.loads(files[MANIFEST])
 
+    def copy(self, folder: str, target: str) -> None:
+        """Copy a whole folder; a reader sees either all of it or nothing."""
+        names = [file.rpartition("/")[2] for file in self.fs.ls(self._path(folder), detail=False)]
+        self.write(target, {n: self.fs.cat_file(f"{self._path(folder)}/{n}") for n in names})
+
     def delete(self, folder: str) -> None:
         if self.exists(folder):
             self.fs.rm(self._path(folder), recursive=True)

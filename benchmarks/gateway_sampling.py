@@ -31,9 +31,7 @@ def main() -> None:
     with served(tinsmith.default_home().as_posix()) as url:
         natives = [service.create_sampling_client(base_model=chosen.model) for _ in prompts]
         client = tinker.ServiceClient(base_url=url)
-        remotes = [
-            client.create_sampling_client(base_model=chosen.model).result() for _ in prompts
-        ]
+        remotes = [client.create_sampling_client(base_model=chosen.model).result() for _ in prompts]
 
         def native() -> None:
             async def all_at_once() -> None:

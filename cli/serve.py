@@ -68,9 +68,7 @@ def serve(
     served = parse_served(model or [])
     for target in served.values():
         resolve_model(target, home, say)
-    settings = Settings(
-        models=served, session_timeout_s=session_timeout, idle_unload_s=idle_unload
-    )
+    settings = Settings(models=served, session_timeout_s=session_timeout, idle_unload_s=idle_unload)
 
     async def run() -> None:
         say("starting")

@@ -41,16 +41,16 @@ class Completions:
         channel.arrived.set()
 
     async def wait(
-        self, sampler_id: str, clone: int, after: int, timeout: float
+        self, sampler_id: str, clone: int, after: int, seconds: float
     ) -> tuple[list[dict[str, Any]], int]:
         """What was completed after number `after` (waiting for one if need be), and the number
         of the last of them."""
         channel = self._channels[sampler_id, clone]
         channel.events = [event for event in channel.events if event[0] > after]
-        if not channel.events and timeout > 0:
+        if not channel.events and seconds > 0:
             channel.arrived.clear()
             try:
-                await asyncio.wait_for(channel.arrived.wait(), timeout)
+                await asyncio.wait_for(channel.arrived.wait(), seconds)
             except TimeoutError:
                 return [], after
         events = list(channel.events)

@@ -389,9 +389,7 @@ class Gateway:
                 sampler.grant = None  # asked again next time
             raise
 
-    async def sample(
-        self, sampler: Sampler, name: str, request: SampleRequest
-    ) -> SampleResponse:
+    async def sample(self, sampler: Sampler, name: str, request: SampleRequest) -> SampleResponse:
         """Sample; being cancelled withdraws the request. A sampler that died is replaced."""
         model = await self.models.resolve(sampler.row.base_model)
         self._sampling[model] += 1
@@ -429,9 +427,7 @@ class Gateway:
         found = None
         with contextlib.suppress(NotFound):
             checkpoint = await Op(self.controller.call("get_checkpoint", path))
-            if checkpoint.public and not own:
-                found = checkpoint
-            elif await self.owns_run(owner, run_id):
+            if (checkpoint.public and not own) or await self.owns_run(owner, run_id):
                 found = checkpoint
         if found is None:
             raise NotFound(f"no checkpoint {path!r}")

@@ -87,9 +87,7 @@ class Futures:
         self._pending[request_id] = _Pending(owner, working, result)
         return True
 
-    async def _finish(
-        self, request_id: str, owner: str, working: asyncio.Future[Answer]
-    ) -> Result:
+    async def _finish(self, request_id: str, owner: str, working: asyncio.Future[Answer]) -> Result:
         try:
             answer = await working
         except asyncio.CancelledError:
@@ -104,8 +102,8 @@ class Futures:
         self._on_settled(request_id, result)
         return result
 
-    async def wait(self, request_id: str, owner: str, timeout: float) -> Result | None:
-        """The answer, or None if it is not there after `timeout` seconds.
+    async def wait(self, request_id: str, owner: str, seconds: float) -> Result | None:
+        """The answer, or None if it is not there after `seconds`.
 
         Raises:
             NotFound: the owner has no such request.
@@ -118,7 +116,7 @@ class Futures:
             return result
         if pending.owner != owner:
             raise NotFound(f"no request {request_id!r}")
-        done, _ = await asyncio.wait((pending.result,), timeout=timeout)
+        done, _ = await asyncio.wait((pending.result,), timeout=seconds)
         return pending.result.result() if done else None
 
     def settled(self, request_id: str) -> asyncio.Future[Result] | asyncio.Future[None]:

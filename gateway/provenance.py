@@ -32,7 +32,11 @@ class SampledRecord:
 
 
 async def record(
-    store: Store, session_id: str, names: Sequence[str], prompt: np.ndarray, response: SampleResponse
+    store: Store,
+    session_id: str,
+    names: Sequence[str],
+    prompt: np.ndarray,
+    response: SampleResponse,
 ) -> None:
     records = {
         name: codec.encode(SampledRecord(prompt, s.tokens, s.logprobs, s.versions))

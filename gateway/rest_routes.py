@@ -71,9 +71,7 @@ def rest_routes(gateway: Gateway) -> APIRouter:
             run
             for run in await Op(controller.call("list_runs"))
             if (
-                rows[run.run_id].owner == owner
-                if run.run_id in rows
-                else not gateway.access.closed
+                rows[run.run_id].owner == owner if run.run_id in rows else not gateway.access.closed
             )
         ]
 
@@ -181,9 +179,7 @@ def rest_routes(gateway: Gateway) -> APIRouter:
         return hmac.new(signing_key, message, hashlib.sha256).hexdigest()
 
     @router.get("/files/{ticket}/{run_id}/{kind}/{name}/{file}", name="signed_file")
-    async def signed_file(
-        ticket: str, run_id: str, kind: Kind, name: str, file: str
-    ) -> Response:
+    async def signed_file(ticket: str, run_id: str, kind: Kind, name: str, file: str) -> Response:
         path = str(CheckpointPath(run_id, kind, name))
         expires, _, given = ticket.partition(".")
         good = expires.isdecimal() and hmac.compare_digest(
@@ -363,8 +359,7 @@ def _matches(row: SessionRow, wanted: SearchSessions) -> bool:
         status is not None
         and status["type"] == query.get("type")
         and (
-            query.get("reasons") is None
-            or status.get("reason", {}).get("type") in query["reasons"]
+            query.get("reasons") is None or status.get("reason", {}).get("type") in query["reasons"]
         )
         for query in wanted.statuses
     )

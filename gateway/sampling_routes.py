@@ -74,9 +74,7 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
             native, csr = sample_request(body, settings.max_decoded_bytes // 8)
             response = await gateway.sample(sampler, request_id, native)
             if body.record_stability_info:
-                await record(
-                    gateway.store, session.session_id, names, native.prompt, response
-                )
+                await record(gateway.store, session.session_id, names, native.prompt, response)
             return Answer.proto(write_sample_response(response, csr))
 
         session.samples.add(request_id)

@@ -100,7 +100,9 @@ async def serve(
     url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
     say(f"serving {url}: set TINKER_BASE_URL={url}, or base_url={url}/v1 for OpenAI clients")
     if not access.closed:
-        say("there are no API keys: only this machine can connect (any TINKER_API_KEY=tml-… will do)")
+        say(
+            "there are no API keys: only this machine can connect (any TINKER_API_KEY=tml-… will do)"
+        )
     try:
         await server.serve()
     except SystemExit:

@@ -22,10 +22,11 @@ from tinker.proto import tinker_public_pb2 as pb
 from ..primitives.errors import InvalidInput, OutOfCapacity
 from ..primitives.types import Datum, ForwardBackwardOutput, SampleResponse
 
-_DTYPES = {
+_DTYPES: dict[int, np.dtype[Any]] = {
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
     pb.DTYPE_INT64: np.dtype("<i8"),
     pb.DTYPE_INT32: np.dtype("<i4"),
+    pb.DTYPE_BFLOAT16: np.dtype("<u2"),  # the upper half of a float32
 }
 _PROTO_DTYPES = {"f": pb.DTYPE_FLOAT32, "i": pb.DTYPE_INT64}
 _STOP_REASONS = {"stop": pb.STOP_REASON_STOP, "length": pb.STOP_REASON_LENGTH}
@@ -119,9 +120,7 @@ def read_training_request(body: bytes, max_bytes: int) -> TrainingRequest:
         raise InvalidInput(f"model_id {run_id!r} and seq_id {seq_id} name no place in a run's log")
     try:
         budget = _Budget(max_bytes)
-        data = [
-            _read(f"datum {i}", _datum, datum, budget) for i, datum in enumerate(message.data)
-        ]
+        data = [_read(f"datum {i}", _datum, datum, budget) for i, datum in enumerate(message.data)]
         return TrainingRequest(
             run_id,
             seq_id,
@@ -192,12 +191,9 @@ def read_tensor(message: pb.Tensor, budget: _Budget) -> np.ndarray:
     shape = tuple(message.shape)
     if len(shape) > 2 or any(size < 0 for size in shape):
         raise InvalidInput(f"shape {list(shape)}: only one or two dimensions are supported")
-    if message.dtype == pb.DTYPE_BFLOAT16:
-        dtype = np.dtype("<u2")
-    elif message.dtype in _DTYPES:
-        dtype = _DTYPES[message.dtype]
-    else:
+    if message.dtype not in _DTYPES:
         raise InvalidInput(f"unknown dtype {message.dtype}")
+    dtype = _DTYPES[message.dtype]
     if message.WhichOneof("encoding") == "sparse_csr":
         if len(shape) != 2:
             raise InvalidInput("a sparse tensor needs a shape of two dimensions")

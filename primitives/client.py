@@ -308,14 +308,35 @@ class TrainingClient(HasSync):
         return self._submit("optim_step", adam_params=params)
 
     def save_state(
-        self, name: str, *, user_metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+        self,
+        name: str,
+        *,
+        user_metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        ttl_seconds: float | None = None,
     ) -> Op[SaveResponse]:
         """Save weights and optimizer under `tinker://<run>/weights/<name>`; immutable.
 
-        `user_metadata` (JSON values) is kept in the checkpoint's manifest.
+        `user_metadata` (JSON values) is kept in the checkpoint's manifest; after `ttl_seconds`
+        the checkpoint is deleted.
         """
-        metadata = _json_values(user_metadata)
-        return self._submit("save_state", name=name, user_metadata=metadata, overwrite=overwrite)
+        return self._save("save_state", name, user_metadata, overwrite, ttl_seconds)
+
+    def _save(
+        self,
+        kind: str,
+        name: str,
+        user_metadata: Mapping[str, Any] | None,
+        overwrite: bool,
+        ttl_seconds: float | None,
+    ) -> Op[SaveResponse]:
+        return self._submit(
+            kind,
+            name=name,
+            user_metadata=_json_values(user_metadata),
+            overwrite=overwrite,
+            ttl_seconds=ttl_seconds,
+        )
 
     def load_state(self, path: str) -> Op[SaveResponse]:
         """Replace this run's weights by a checkpoint's; the optimizer starts afresh."""
@@ -325,21 +346,28 @@ class TrainingClient(HasSync):
         """Replace this run's weights and optimizer state by a checkpoint's."""
         return self._submit("load_state", path=path, optimizer=True)
 
-    def save_weights_for_sampler(self, name: str, *, overwrite: bool = False) -> Op[SaveResponse]:
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        *,
+        user_metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        ttl_seconds: float | None = None,
+    ) -> Op[SaveResponse]:
         """Save a PEFT adapter under `tinker://<run>/sampler_weights/<name>`; immutable."""
-        return self._submit("save_weights_for_sampler", name=name, overwrite=overwrite)
+        return self._save("save_weights_for_sampler", name, user_metadata, overwrite, ttl_seconds)
 
     def save_weights_and_get_sampling_client(self) -> Op[SamplingClient]:
         """Publish the weights as they are at this point of the log, in memory, and return a client
         pinned to that version."""
-        published = self._submit("publish", live=False)
+        published = self._submit("publish", keep=True, every_step=False)
         grants = self._sampler_grant(published)
         return Op(grants).then(lambda grant: SamplingClient(completed(grant)))
 
     def live_sampling_client(self) -> SamplingClient:
         """A client that always samples from the newest published version, also for the rest of a
         request under way. From here on every `optim_step` publishes."""
-        published = self._submit("publish", live=True)
+        published = self._submit("publish", keep=False, every_step=True)
         return SamplingClient(self._sampler_grant(published, live=True))
 
     def _sampler_grant(
@@ -551,6 +579,15 @@ class ServiceClient(HasSync):
     def delete_training_run(self, run_id: str) -> Op[None]:
         """Forget a run: its memory, its checkpoints and its files."""
         return Op(self.controller.call("delete_run", run_id))
+
+    def close_training_run(self, run_id: str) -> Op[None]:
+        """Free a run's memory; its checkpoints stay, and `resume_training_client` opens it again."""
+        return Op(self.controller.call("close_run", run_id))
+
+    def unload_model(self, base_model: str) -> Op[bool]:
+        """Free the memory of a base model, unless training runs are open on it; the next use
+        loads it again. Sampling clients made before have to be made again."""
+        return Op(self.controller.call("unload", base_model))
 
     def list_checkpoints(self, run_id: str | None = None) -> Op[list[Checkpoint]]:
         """Checkpoints of one run or of all, newest first."""

@@ -1,5 +1,5 @@
-"""Where things are kept. Checkpoints: `tinker://<run>/weights/<name>` (with optimizer) and
-`tinker://<run>/sampler_weights/<name>`."""
+"""Where things are kept. Checkpoints: `tinker://<run>/weights/<name>` (with optimizer),
+`tinker://<run>/sampler_weights/<name>` and `tinker://<run>/external_weights/<name>`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import InvalidInput
 
 SCHEME = "tinker://"
-KINDS = ("weights", "sampler_weights")
+KINDS = ("weights", "sampler_weights", "external_weights")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
 
 

@@ -5,6 +5,7 @@ Dimension names: T tokens of one sequence, K alternatives per token, V vocabular
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -320,7 +321,9 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An immutable checkpoint; `kind` is `weights` (with optimizer) or `sampler_weights`."""
+    """An immutable checkpoint; `kind` is `weights` (with optimizer), `sampler_weights`, or
+    `external_weights` (a PEFT adapter to take elsewhere). `expires` is when it is deleted (Unix
+    seconds; None: never), `public` whether every owner that a gateway serves may read it."""
 
     path: str
     run_id: str
@@ -330,6 +333,21 @@ class Checkpoint:
     created: float
     size_bytes: int
     user_metadata: dict[str, Any] = field(default_factory=dict)
+    expires: float | None = None
+    public: bool = False
+
+
+def expiry(ttl_seconds: float | None) -> float | None:
+    """The Unix time that is so many seconds from now.
+
+    Raises:
+        InvalidInput: not a positive number.
+    """
+    if ttl_seconds is None:
+        return None
+    if not np.isfinite(ttl_seconds) or ttl_seconds <= 0:
+        raise InvalidInput(f"ttl_seconds must be a positive number, got {ttl_seconds!r}")
+    return time.time() + ttl_seconds
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,12 @@ def test_trainer_and_sampler_agree(training):
 def test_sampling_equals_the_native_one(service, client):
     native = service.create_sampling_client(base_model="tiny-llama").result()
     sampler = client.create_sampling_client(base_model="tiny-llama").result()
-    for temperature, top_k, top_p in [(1.0, -1, 1.0), (0.0, -1, 1.0), (0.7, 5, 1.0), (1.3, -1, 0.8)]:
+    for temperature, top_k, top_p in [
+        (1.0, -1, 1.0),
+        (0.0, -1, 1.0),
+        (0.7, 5, 1.0),
+        (1.3, -1, 0.8),
+    ]:
         settings = dict(
             max_tokens=12, seed=3, temperature=temperature, top_k=top_k, top_p=top_p, stop=[7, 8]
         )
@@ -201,7 +206,9 @@ params = types.SamplingParams(max_tokens=6, seed=9)
 response = sampler.sample(types.ModelInput.from_ints(list(range(6))), 1, params).result()
 print(response.sequences[0].tokens)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip() == str(list(here.sequences[0].tokens)), done.stderr
 
 
@@ -233,7 +240,8 @@ def test_forward_backward_custom(service, training):
 
 def test_many_datums_go_in_several_requests(training, monkeypatch):
     """Chunks of one call arrive out of order, the first one last."""
-    monkeypatch.setattr(training.holder._client_config, "fwdbwd_max_chunk_len", 3)
+    config = training.holder._client_config.model_copy(update={"fwdbwd_max_chunk_len": 3})
+    monkeypatch.setattr(training.holder, "_client_config", config)
     data = [sdk_datum(d) for d in batch(4, 20)]
     whole = training.forward_backward(data, "cross_entropy")
     step = training.optim_step(ADAM)
