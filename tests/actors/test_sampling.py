@@ -36,6 +36,12 @@ async def learn(training, seed: int = 0, steps: int = 1) -> None:
         await training.optim_step(AdamParams(learning_rate=0.02))
 
 
+def alternatives(response, position: int) -> dict[int, float]:
+    """The likeliest tokens at a prompt position, with their logprobs."""
+    top = response.topk_prompt_logprobs
+    return dict(zip(top.tokens[position].tolist(), top.logprobs[position].tolist(), strict=True))
+
+
 @pytest.fixture(scope="module")
 async def base(service):
     return await service.create_sampling_client(base_model=MODEL)
@@ -76,7 +82,7 @@ async def test_top_k_and_top_p_bound_what_may_be_drawn(base):
     whole = await base.sample(
         PROMPT, 1, params(1), topk_prompt_logprobs=VOCAB
     )  # the distribution after each prompt token
-    after = dict(whole.topk_prompt_logprobs[-1])  # of the token at the last position
+    after = alternatives(whole, -1)  # of the token at the last position
     ranked = sorted(after, key=after.get, reverse=True)
     prompt = PROMPT[:-1]
     drawn = await base.sample(prompt, 64, params(1, top_k=3, seed=0))
@@ -114,14 +120,38 @@ async def test_prompt_logprobs_and_top_alternatives_agree(base):
     )
     assert response.prompt_logprobs.dtype == np.float32
     assert np.isnan(response.prompt_logprobs[0])
-    assert response.topk_prompt_logprobs[0] is None
+    assert np.isnan(response.topk_prompt_logprobs.logprobs[0]).all()
     for position in range(1, len(PROMPT)):
-        alternatives = dict(response.topk_prompt_logprobs[position])
-        assert sum(np.exp(list(alternatives.values()))) == pytest.approx(1, abs=1e-4)
-        assert alternatives[PROMPT[position]] == pytest.approx(
+        after = alternatives(response, position)
+        assert sum(np.exp(list(after.values()))) == pytest.approx(1, abs=1e-4)
+        assert after[PROMPT[position]] == pytest.approx(
             response.prompt_logprobs[position], abs=1e-5
         )
     np.testing.assert_array_equal(await base.compute_logprobs(PROMPT), response.prompt_logprobs)
+    last = await base.compute_logprobs(PROMPT, prompt_logprobs_last_n=3)
+    assert np.isnan(last[:-3]).all()
+    np.testing.assert_allclose(last[-3:], response.prompt_logprobs[-3:], atol=1e-4)
+
+
+async def test_whatever_may_be_asked_about_a_prompt_and_a_sample_comes_with_the_response(base):
+    named = np.stack([PROMPT[1:], np.full(19, -1)], 1)
+    response = await base.sample(
+        PROMPT,
+        2,
+        params(3, seed=0, temperature=0.5),
+        include_prompt_logprobs=True,
+        target_prompt_logprobs=named,
+        prompt_alt_tokens_k=4,
+        topk_sample_logprobs=5,
+    )
+    targets = response.target_prompt_logprobs
+    np.testing.assert_allclose(targets[:, 0], response.prompt_logprobs[1:], atol=1e-5)
+    assert (targets[:, 1] == 0).all()
+    assert response.prompt_alt_tokens.tokens.shape == (19, 4)
+    assert response.topk_prompt_logprobs is None
+    for sequence in response.sequences:
+        assert sequence.topk_logprobs.tokens.shape == (3, 5)
+        assert (sequence.topk_logprobs.logprobs[:, 0] >= sequence.logprobs - 1e-5).all()
 
 
 async def test_compute_logprobs_equals_the_learners_forward(service):
