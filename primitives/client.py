@@ -341,21 +341,31 @@ class TrainingClient(HasSync):
         """Replace this run's weights and optimizer state by a checkpoint's."""
         return self._submit("load_state", path=path, optimizer=True)
 
-    def save_weights_for_sampler(self, name: str, *, overwrite: bool = False) -> Op[SaveResponse]:
-        """Save a PEFT adapter under `tinker://<run>/sampler_weights/<name>`; immutable."""
-        return self._submit("save_weights_for_sampler", name=name, overwrite=overwrite)
+    def save_weights_for_sampler(
+        self, name: str, *, user_metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> Op[SaveResponse]:
+        """Save a PEFT adapter under `tinker://<run>/sampler_weights/<name>`; immutable.
+
+        `user_metadata` (JSON values) is kept in the checkpoint's manifest.
+        """
+        return self._submit(
+            "save_weights_for_sampler",
+            name=name,
+            user_metadata=_json_values(user_metadata),
+            overwrite=overwrite,
+        )
 
     def save_weights_and_get_sampling_client(self) -> Op[SamplingClient]:
         """Publish the weights as they are at this point of the log, in memory, and return a client
         pinned to that version."""
-        published = self._submit("publish", live=False)
+        published = self._submit("publish", keep=True, every_step=False)
         grants = self._sampler_grant(published)
         return Op(grants).then(lambda grant: SamplingClient(completed(grant)))
 
     def live_sampling_client(self) -> SamplingClient:
         """A client that always samples from the newest published version, also for the rest of a
         request under way. From here on every `optim_step` publishes."""
-        published = self._submit("publish", live=True)
+        published = self._submit("publish", keep=False, every_step=True)
         return SamplingClient(self._sampler_grant(published, live=True))
 
     def _sampler_grant(

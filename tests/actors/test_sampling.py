@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import pytest
 import tinsmith
 from tests.actors.test_training import new_run
 from tests.data import VOCAB, text_datum
-from tinsmith.primitives.op import Op
-from tinsmith.primitives.types import AdamParams, SamplingParams
+from tinsmith.primitives.client import SamplingClient
+from tinsmith.primitives.op import Op, completed
+from tinsmith.primitives.types import AdamParams, PolicyRef, SamplingParams
 
 MODEL = "tiny-llama"
 PROMPT = np.arange(20)
@@ -280,6 +282,27 @@ async def test_published_weights_are_those_of_their_place_in_the_log(service):
     assert [p.policy.version for p in policies] == [1, 2, 3]
     texts = [tuple((await p.compute_logprobs(PROMPT))[1:]) for p in policies]
     assert len(set(texts)) == 3
+
+
+async def test_weights_may_be_made_the_newest_without_pinning_them_or_what_comes_later(service):
+    training = await new_run(service)
+    await learn(training)
+    await training._submit("publish", keep=False, every_step=False)
+    grant = await Op(service._controller.call("grant_sampler", MODEL, PolicyRef(training.run_id)))
+    newest = SamplingClient(completed(grant))
+
+    async def version() -> int:
+        return int((await newest.sample(PROMPT, 1, params(1))).sequences[0].versions[0])
+
+    assert await version() == 1
+    await learn(training)
+    assert await version() == 1
+    await training._submit("publish", keep=False, every_step=False)
+    assert await version() == 2
+    ref = PolicyRef(training.run_id, 1)
+    old = SamplingClient(completed(replace(grant, policy=ref)))
+    with pytest.raises(tinsmith.NotFound, match="no longer holds version 1"):
+        await old.sample(PROMPT, 1, params(1))
 
 
 async def test_a_request_under_way_goes_on_under_new_versions_with_no_token_dropped(service):
