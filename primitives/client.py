@@ -494,12 +494,18 @@ class EnvClient(HasSync):
 
 class ServiceClient(HasSync):
     """The way in, made by `tinsmith.connect()`. `home` is where the service keeps its files,
-    `controller` what this client and other front doors (the gateway) call."""
+    `controller` what this client and other front doors (the gateway) call, and `owns_cluster`
+    whether closing it ends the cluster."""
 
     def __init__(
-        self, controller: Handle, home: str, on_close: Callable[[], None] | None = None
+        self,
+        controller: Handle,
+        home: str,
+        on_close: Callable[[], None] | None = None,
+        owns_cluster: bool = False,
     ) -> None:
         self.home = home
+        self.owns_cluster = owns_cluster
         self.controller = controller
         self._on_close = on_close
 
