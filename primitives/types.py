@@ -237,6 +237,16 @@ class SampledSequence:
     versions: np.ndarray
     stop_reason: StopReason
 
+    @classmethod
+    def of(cls, tokens: Sequence[SampledToken]) -> SampledSequence:
+        """What one sequence's streamed tokens make; cut short, it counts as out of length."""
+        return cls(
+            np.array([t.token for t in tokens], np.int64),
+            np.array([t.logprob for t in tokens], np.float32),
+            np.array([t.version for t in tokens], np.int32),
+            (tokens[-1].stop_reason if tokens else None) or "length",
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class SampleResponse:
