@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from ..primitives.types import Message, SampledSequence, Trajectory, token_array
-from .renderer import ChatRenderer, GrowingSegment, decode
+from ..primitives.types import Message, SampledSequence, Segment, Trajectory, token_array
+from .renderer import ChatRenderer, GrowingSegment, decode, encode
 
 _OVERHEAD = 64
 
@@ -145,7 +145,7 @@ class Recording:
                     best, length = turn, len(recorded)
         rest = prompt[length:]
         if isinstance(rest, str):
-            tokens, text = tokenizer.encode(rest, add_special_tokens=best is None), rest
+            tokens, text = encode(tokenizer, rest, special=best is None), rest
         else:
             tokens, text = list(rest), decode(tokenizer, token_array(rest), special=True)
         return Prompt(model, token_array(tokens), text, best, best is not None)
@@ -172,7 +172,8 @@ class Recording:
         masked out of all but the first. `info["turn_info"][i]` tells where turn i is. The messages
         are those of the newest turn's conversation."""
         gone_on = {turn.before for turn in self.turns if turn.prompt.grows}
-        segments, places = [], {}
+        segments: list[Segment] = []
+        places: dict[Turn, dict[str, int]] = {}
         for leaf in self.turns:
             if leaf in gone_on:
                 continue

@@ -106,7 +106,20 @@ class ChatRenderer:
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of rendered text: special tokens in it count as such, none are added."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return encode(self.tokenizer, text)
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text. `special` adds those that a text of its own begins with.
+
+    Raises:
+        InvalidInput: the text holds half a character, as JSON can (a lone surrogate).
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"a text to tokenize is not valid Unicode: {error}") from None
+    return tokenizer.encode(text, add_special_tokens=special)
 
 
 def decode(tokenizer: Any, tokens: np.ndarray, *, special: bool) -> str:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
+import numpy as np
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
@@ -144,7 +145,9 @@ class _Answer:
         self.session.add(self.tokenizer, self.prompt, choice.sequence, message)
         return message
 
-    def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[float]) -> Any:
+    def _logprobs(
+        self, tokens: Sequence[int] | np.ndarray, logprobs: Sequence[float] | np.ndarray
+    ) -> Any:
         if not self.body.logprobs:
             return None
         entries = []

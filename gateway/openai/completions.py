@@ -77,7 +77,8 @@ class _Answer:
                 for prompt in self.prompts
             )
         )
-        choices, shown = [], []
+        choices: list[Choice] = []
+        shown: list[dict[str, Any]] = []
         for prompt, response in zip(self.prompts, responses, strict=True):
             for sequence in response.sequences:
                 choice = Choice.of(self._asked_for(sequence), self.tokenizer, body.stop)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.exceptions import HTTPException, RequestValidationError
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from ...primitives.errors import (
     InvalidInput,
@@ -34,11 +35,12 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-_STATUS: list[tuple[type[Exception], int, str | None]] = [
+_KINDS: list[tuple[type[TinsmithError], int, str | None]] = [
     (NotFound, 404, "not_found"),
     (OutOfCapacity, 429, "out_of_capacity"),
     (Unavailable, 503, "unavailable"),
     (InvalidInput, 400, None),
+    (TinsmithError, 500, None),
 ]
 
 
@@ -54,9 +56,6 @@ def describe(error: TinsmithError) -> tuple[int, dict[str, Any]]:
     status, code = next((s, c) for kind, s, c in _KINDS if isinstance(error, kind))
     param = getattr(error, "param", None)
     return status, error_body(status, str(error), param, getattr(error, "code", None) or code)
-
-
-_KINDS = [*_STATUS, (TinsmithError, 500, None)]
 
 
 class OpenAIRoute(APIRoute):
@@ -78,9 +77,6 @@ class OpenAIRoute(APIRoute):
             except HTTPException as error:
                 body = error_body(error.status_code, str(error.detail))
                 return JSONResponse(body, error.status_code, error.headers)
-            except UnicodeEncodeError as error:
-                message = f"a text of the request is not valid Unicode: {error.reason}"
-                return JSONResponse(error_body(400, message), 400)
 
         return guarded
 

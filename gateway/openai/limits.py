@@ -17,6 +17,6 @@ def check_room(policy: ServedPolicy, prompt_tokens: int, max_tokens: int | None)
         raise InvalidRequest(
             f"a prompt of {prompt_tokens} tokens and max_tokens={max_tokens} do not fit into the "
             f"model's maximum context length of {context} tokens",
-            "max_tokens" if max_tokens and prompt_tokens < context else "messages",
+            "max_tokens" if max_tokens else None,
             "context_length_exceeded",
         )

@@ -184,8 +184,8 @@ class ChatMessage(_Body):
         return message
 
 
-def tool_call(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call in a message for chat templates."""
+def tool_call(call_id: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A call in a message; arguments are an object for chat templates, JSON text for clients."""
     function = {"name": name, "arguments": arguments}
     return {"id": call_id, "type": "function", "function": function}
 
