@@ -48,11 +48,12 @@ class Entry:
 
 @dataclass
 class RunLog:
-    """One run's operations: those waiting by number, and the results of those applied."""
+    """One run's operations: those waiting by number, and the results of those applied.
+    `publish_steps`: every operation that changes the weights publishes them."""
 
     run_id: str
     next_seq_id: int = 1
-    live: bool = False
+    publish_steps: bool = False
     publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: dict[int, Entry] = field(default_factory=dict)
     results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
@@ -258,20 +259,15 @@ class Learner:
         return self.engine.forward_backward(log.run_id, **args)
 
     def _op_optim_step(self, log: RunLog, adam_params: Any) -> Any:
-        response = self.engine.optim_step(log.run_id, adam_params)
-        if not log.live:
-            return response
-        publication = self._publication(log.run_id, keep=False)
+        return self._with_publication(log, self.engine.optim_step(log.run_id, adam_params))
 
-        async def publish() -> Any:
-            await publication
-            return response
-
-        return publish()
-
-    def _op_publish(self, log: RunLog, live: bool) -> Coroutine[Any, Any, PublishResponse]:
-        log.live = log.live or live
-        return self._publication(log.run_id, keep=not live)
+    def _op_publish(
+        self, log: RunLog, keep: bool, every_step: bool
+    ) -> Coroutine[Any, Any, PublishResponse]:
+        """Make the weights the run's newest. `keep` holds this version for clients pinned to it
+        when newer ones come; `every_step` publishes after every later step too."""
+        log.publish_steps = log.publish_steps or every_step
+        return self._publication(log.run_id, keep)
 
     def _op_get_info(self, log: RunLog) -> TrainingInfo:
         backbone, run = self.engine.backbone, self.engine.runs[log.run_id]
@@ -294,24 +290,15 @@ class Learner:
         return self._save(path, state, user_metadata, overwrite)
 
     def _op_save_weights_for_sampler(
-        self, log: RunLog, name: str, overwrite: bool
+        self, log: RunLog, name: str, user_metadata: dict[str, Any], overwrite: bool
     ) -> Coroutine[Any, Any, SaveResponse]:
         path = CheckpointPath(log.run_id, "sampler_weights", name)
         state = {"params": self.engine.export(log.run_id)}
-        return self._save(path, state, {}, overwrite)
+        return self._save(path, state, user_metadata, overwrite)
 
     def _op_load_state(self, log: RunLog, path: str, optimizer: bool) -> Any:
         self._load_checkpoint(log.run_id, path, optimizer, False)
-        response = SaveResponse(path)
-        if not log.live:
-            return response
-        publication = self._publication(log.run_id, keep=False)
-
-        async def publish() -> SaveResponse:
-            await publication
-            return response
-
-        return publish()
+        return self._with_publication(log, SaveResponse(path))
 
     # ---- publishing and checkpoints ----
 
@@ -320,6 +307,18 @@ class Learner:
             self.sampler = await Op(self.controller.call("sampler_handle", self.base_model))
         assert self.sampler is not None
         return self.sampler
+
+    def _with_publication(self, log: RunLog, response: Any) -> Any:
+        """`response`, once the weights that came with it are published, if they are to be."""
+        if not log.publish_steps:
+            return response
+        publication = self._publication(log.run_id, keep=False)
+
+        async def publish() -> Any:
+            await publication
+            return response
+
+        return publish()
 
     def _publication(self, run_id: str, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
         run = self.engine.runs[run_id]
