@@ -8,15 +8,15 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-import numpy as np
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from ...envs.recording import Prompt
 from ...envs.renderer import ChatRenderer
+from ...envs.text_stream import INCOMPLETE
 from ...envs.tools import Call
-from ...primitives.types import Message, SamplingParams
-from .choice import Choice, count_tokens, token_text, usage
+from ...primitives.types import Message, SampledSequence, SamplingParams
+from .choice import Choice, count_tokens, number, token_text, usage
 from .errors import InvalidRequest
 from .limits import check_room
 from .policies import ServedPolicy
@@ -29,7 +29,7 @@ async def chat_completion(body: ChatRequest, policy: ServedPolicy, session: Sess
     renderer = policy.renderer(body.chat_template_kwargs)
     messages, tools = [m.for_template() for m in body.messages], body.offered_tools()
     if tools:
-        _check_tools_shown(renderer, messages, tools)
+        _check_tools_shown(renderer, tools)
     prompt = session.recording.chat_prompt(renderer, body.model, messages, tools)
     max_tokens = body.max_completion_tokens or body.max_tokens
     check_room(policy, len(prompt.tokens), max_tokens)
@@ -38,10 +38,9 @@ async def chat_completion(body: ChatRequest, policy: ServedPolicy, session: Sess
     return await (event_stream(answer.chunks()) if body.stream else answer.whole())
 
 
-def _check_tools_shown(
-    renderer: ChatRenderer, messages: Sequence[Message], tools: list[dict[str, Any]]
-) -> None:
-    if renderer.text(messages, tools) == renderer.text(messages):
+def _check_tools_shown(renderer: ChatRenderer, tools: list[dict[str, Any]]) -> None:
+    some = [{"role": "user", "content": "x"}]
+    if renderer.text(some, tools) == renderer.text(some):
         raise InvalidRequest(
             "this model's chat template shows no tools to the model; describe them in a message, "
             "or use a model whose template takes `tools`",
@@ -69,7 +68,12 @@ class _Answer:
         }
 
     async def whole(self) -> Response:
-        response = await self.policy.client.sample(self.prompt.tokens, self.body.n, self.params)
+        response = await self.policy.client.sample(
+            self.prompt.tokens,
+            self.body.n,
+            self.params,
+            topk_sample_logprobs=self.body.top_logprobs,
+        )
         choices = [
             Choice.of(sequence, self.tokenizer, self.body.stop, calls=self.calls)
             for sequence in response.sequences
@@ -81,7 +85,7 @@ class _Answer:
                 {
                     "index": index,
                     "message": _for_client(message),
-                    "logprobs": self._logprobs(choice.sequence.tokens, choice.sequence.logprobs),
+                    "logprobs": self._logprobs(choice.sequence),
                     "finish_reason": choice.finish_reason,
                 }
             )
@@ -96,14 +100,19 @@ class _Answer:
         choices = [
             Choice(self.tokenizer, self.body.stop, calls=self.calls) for _ in range(self.body.n)
         ]
-        tokens = self.policy.client.sample_stream(self.prompt.tokens, self.body.n, self.params)
+        tokens = self.policy.client.sample_stream(
+            self.prompt.tokens,
+            self.body.n,
+            self.params,
+            topk_sample_logprobs=self.body.top_logprobs,
+        )
         async for _, token in merged([tokens]):
             choice = choices[token.index]
             delta: dict[str, Any] = {} if choice.tokens else {"role": "assistant"}
             text = choice.push(token)
             if text or "role" in delta:
                 delta["content"] = text
-            logprobs = self._logprobs([token.token], [token.logprob])
+            logprobs = self._logprobs(SampledSequence.of([token]))
             if delta or logprobs:
                 yield self._chunk(token.index, delta, logprobs)
             if token.stop_reason is not None:
@@ -145,23 +154,21 @@ class _Answer:
         self.session.add(self.tokenizer, self.prompt, choice.sequence, message)
         return message
 
-    def _logprobs(
-        self, tokens: Sequence[int] | np.ndarray, logprobs: Sequence[float] | np.ndarray
-    ) -> Any:
+    def _logprobs(self, sequence: SampledSequence) -> Any:
         if not self.body.logprobs:
             return None
-        entries = []
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            text = token_text(self.tokenizer, int(token))
-            entries.append(
-                {
-                    "token": text,
-                    "logprob": float(logprob),
-                    "bytes": None if "\ufffd" in text else list(text.encode()),
-                    "top_logprobs": [],
-                }
-            )
+        entries, top = [], sequence.topk_logprobs
+        for at, pair in enumerate(zip(sequence.tokens, sequence.logprobs, strict=True)):
+            likeliest = zip(top.tokens[at], top.logprobs[at], strict=True) if top else ()
+            shown = [self._token_logprob(*other) for other in likeliest]
+            entries.append({**self._token_logprob(*pair), "top_logprobs": shown})
         return {"content": entries, "refusal": None}
+
+    def _token_logprob(self, token: int, logprob: float) -> dict[str, Any]:
+        text = token_text(self.tokenizer, int(token))
+        # Part of a character has bytes that its text does not tell.
+        spelled = None if INCOMPLETE in text else list(text.encode())
+        return {"token": text, "logprob": number(logprob), "bytes": spelled}
 
 
 def _numbered(call: Call) -> dict[str, Any]:

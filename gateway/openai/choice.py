@@ -60,6 +60,11 @@ def token_text(tokenizer: Any, token: int) -> str:
     return tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def number(logprob: float) -> float:
+    """A logprob as JSON has it: there is no -inf."""
+    return max(float(logprob), -9999.0)
+
+
 def usage(prompt: int, completion: int, cached: int | None = None) -> dict[str, Any]:
     """`cached`: prompt tokens taken from the sampler's cache, None where it does not tell."""
     counts: dict[str, Any] = {

@@ -14,16 +14,14 @@ from fastapi.responses import JSONResponse
 
 from ...envs.recording import Prompt
 from ...envs.renderer import decode
-from ...primitives.types import SampledSequence, SampleResponse
-from .choice import Choice, count_tokens, token_text, usage
+from ...primitives.types import SampledSequence, SampleResponse, TokenLogprobs
+from .choice import Choice, count_tokens, number, token_text, usage
 from .errors import InvalidRequest
 from .limits import check_room
 from .policies import ServedPolicy
 from .requests import CompletionRequest
 from .sessions import Session
 from .streaming import event_stream, merged
-
-TopLogprobs = Sequence[list[tuple[int, float]] | None]
 
 
 async def completion(body: CompletionRequest, policy: ServedPolicy, session: Session) -> Response:
@@ -73,6 +71,7 @@ class _Answer:
                     self.params,
                     include_prompt_logprobs=prompt_logprobs,
                     topk_prompt_logprobs=(body.logprobs or 0) if body.echo else 0,
+                    topk_sample_logprobs=body.logprobs or 0,
                 )
                 for prompt in self.prompts
             )
@@ -104,7 +103,9 @@ class _Answer:
         choices = [Choice(self.tokenizer, self.body.stop) for _ in range(n * len(self.prompts))]
         offsets = [0] * len(choices)
         streams = [
-            self.policy.client.sample_stream(prompt.tokens, n, self.params)
+            self.policy.client.sample_stream(
+                prompt.tokens, n, self.params, topk_sample_logprobs=self.body.logprobs or 0
+            )
             for prompt in self.prompts
         ]
         async for which, token in merged(streams):
@@ -114,7 +115,7 @@ class _Answer:
             text += choice.push(token)
             logprobs = None
             if self.body.logprobs is not None:
-                logprobs = self._logprobs([token.token], [token.logprob], offsets[index])
+                logprobs = self._logprobs(SampledSequence.of([token]), offsets[index])
                 offsets[index] += sum(map(len, logprobs["tokens"]))
             done = token.stop_reason is not None
             if done:
@@ -150,31 +151,45 @@ class _Answer:
         if self.body.logprobs is None:
             return None
         if response.prompt_logprobs is None:
-            return self._logprobs(sequence.tokens, sequence.logprobs)
-        return self._logprobs(
+            return self._logprobs(sequence)
+        tops = [response.topk_prompt_logprobs, sequence.topk_logprobs]
+        both = SampledSequence(
             np.concatenate([prompt.tokens, sequence.tokens]),
             np.concatenate([response.prompt_logprobs, sequence.logprobs]),
-            top=response.topk_prompt_logprobs,
+            sequence.versions,
+            sequence.stop_reason,
+            _joined([top for top in tops if top is not None]),
         )
+        return self._logprobs(both)
 
-    def _logprobs(
-        self,
-        tokens: Sequence[int] | np.ndarray,
-        logprobs: Sequence[float] | np.ndarray,
-        offset: int = 0,
-        top: TopLogprobs | None = None,
-    ) -> dict[str, Any]:
+    def _logprobs(self, sequence: SampledSequence, offset: int = 0) -> dict[str, Any]:
         """OpenAI's older form of logprobs; a prompt's first token has none."""
-        texts = [token_text(self.tokenizer, int(token)) for token in tokens]
-        starts = np.cumsum([offset, *map(len, texts)])[:-1]
+        texts = [token_text(self.tokenizer, int(token)) for token in sequence.tokens]
+        values = [None if np.isnan(value) else number(value) for value in sequence.logprobs]
+        top, named = sequence.topk_logprobs, None
+        if top is not None:
+            # The token itself is always among them.
+            named = [
+                None if value is None else {**self._named(top, at), text: value}
+                for at, (text, value) in enumerate(zip(texts, values, strict=True))
+            ]
         return {
             "tokens": texts,
-            "token_logprobs": [None if np.isnan(value) else float(value) for value in logprobs],
-            "top_logprobs": None if top is None else [self._named(entry) for entry in top],
-            "text_offset": starts.tolist(),
+            "token_logprobs": values,
+            "top_logprobs": named,
+            "text_offset": np.cumsum([offset, *map(len, texts)])[:-1].tolist(),
         }
 
-    def _named(self, entry: list[tuple[int, float]] | None) -> dict[str, float] | None:
-        if entry is None:
-            return None
-        return {token_text(self.tokenizer, token): logprob for token, logprob in entry}
+    def _named(self, top: TokenLogprobs, at: int) -> dict[str, float]:
+        return {
+            token_text(self.tokenizer, int(token)): number(logprob)
+            for token, logprob in zip(top.tokens[at], top.logprobs[at], strict=True)
+        }
+
+
+def _joined(tops: Sequence[TokenLogprobs]) -> TokenLogprobs | None:
+    if not tops:
+        return None
+    return TokenLogprobs(
+        np.concatenate([top.tokens for top in tops]), np.concatenate([top.logprobs for top in tops])
+    )

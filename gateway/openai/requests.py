@@ -28,6 +28,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "audio": (),
     "best_of": (1,),
+    "chat_template": (),
     "continue_final_message": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
@@ -217,6 +218,8 @@ class ChatRequest(SamplingRequest):
                 "tool_choice",
                 "unsupported_parameter",
             )
+        if "chat_template" in self.chat_template_kwargs:
+            raise InvalidRequest("the model's own chat template is used", "chat_template_kwargs")
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs=true", "top_logprobs")
 

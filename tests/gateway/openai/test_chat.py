@@ -62,7 +62,7 @@ async def test_a_stream_tells_the_same(alice, stop):
 
 
 async def test_streamed_logprobs_come_token_by_token(alice):
-    knobs = dict(**KNOBS, seed=1, logprobs=True)
+    knobs = dict(**KNOBS, seed=1, logprobs=True, top_logprobs=3)
     (whole,) = (await alice.chat.completions.create(**knobs)).choices
     streamed = []
     async for chunk in await alice.chat.completions.create(**knobs, stream=True):
@@ -72,6 +72,19 @@ async def test_streamed_logprobs_come_token_by_token(alice):
     np.testing.assert_allclose(
         [e.logprob for e in streamed], [e.logprob for e in whole.logprobs.content], atol=1e-5
     )
+    for entry, expected in zip(streamed, whole.logprobs.content, strict=True):
+        top = [t.token for t in entry.top_logprobs]
+        assert top == [t.token for t in expected.top_logprobs]
+        assert len(top) == 3
+
+
+async def test_the_likeliest_token_is_the_greedy_one(alice):
+    got = await alice.chat.completions.create(**KNOBS, temperature=0, logprobs=True, top_logprobs=2)
+    for entry in got.choices[0].logprobs.content:
+        first, second = entry.top_logprobs
+        assert (first.token, first.bytes) == (entry.token, entry.bytes)
+        assert first.logprob == pytest.approx(entry.logprob, abs=1e-5)
+        assert second.logprob <= first.logprob
 
 
 async def test_n_answers_differ_and_stream_side_by_side(alice):
@@ -188,6 +201,8 @@ async def test_requests_run_side_by_side(alice):
         dict(presence_penalty=1),
         dict(logit_bias={"1": 1}),
         dict(extra_body={"chat_template_kwargs": {"tokenize": True}}),
+        dict(extra_body={"chat_template_kwargs": {"chat_template": "x"}}),
+        dict(extra_body={"chat_template": "x"}),
         dict(model="tinker://bare/sampler_weights/1"),
         dict(stream=True, temperature=-1),
         dict(n=2, extra_headers={"X-Trajectory-Id": "t"}),

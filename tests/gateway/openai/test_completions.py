@@ -40,6 +40,19 @@ async def test_a_greedy_completion_is_the_native_one(alice, native, tokenizer):
     assert again.choices[0].text == choice.text
 
 
+async def test_the_likeliest_tokens_stream_too(alice):
+    knobs = dict(**KNOBS, max_tokens=6, temperature=0, logprobs=2)
+    whole = (await alice.completions.create(**knobs)).choices[0].logprobs
+    top, offsets = [], []
+    async for chunk in await alice.completions.create(**knobs, stream=True):
+        top += chunk.choices[0].logprobs.top_logprobs
+        offsets += chunk.choices[0].logprobs.text_offset
+    assert offsets == whole.text_offset
+    assert [sorted(entry) for entry in top] == [sorted(entry) for entry in whole.top_logprobs]
+    for token, entry in zip(whole.tokens, top, strict=True):
+        assert max(entry, key=entry.get) == token
+
+
 async def test_several_prompts_and_samples_are_numbered_prompt_by_prompt(alice):
     knobs = dict(model="tiny", max_tokens=6, seed=3)
     prompts = ["the lazy dog", "What is 3 times 4?"]
@@ -110,6 +123,8 @@ async def test_echo_gives_the_prompts_logprobs_too(alice, native, tokenizer):
         logprobs = choice.logprobs.token_logprobs[1 : len(tokens)]
         np.testing.assert_allclose(logprobs, expected[1:], atol=1e-5)
         assert len(choice.logprobs.tokens) == len(tokens) + max_tokens
+        assert len(choice.logprobs.top_logprobs) == len(tokens) + max_tokens
+        assert choice.logprobs.top_logprobs[0] is None
         assert "".join(choice.logprobs.tokens[: len(tokens)]) == PROMPT
         assert max(choice.logprobs.top_logprobs[1].values()) >= logprobs[0] - 1e-5
         assert got.usage.completion_tokens == max_tokens
@@ -153,6 +168,7 @@ async def test_a_stream_may_end_with_its_usage(alice):
         dict(top_p=2),
         dict(stop=[""]),
         dict(seed=2**63),
+        dict(extra_body={"top_k": 10**30}),
         dict(logprobs=21),
         dict(extra_body={"logit_bias": {"1": 5}}),
         dict(extra_body={"best_of": 3}),
