@@ -300,14 +300,15 @@ class SampledSequence:
     @classmethod
     def of(cls, tokens: Sequence[SampledToken]) -> SampledSequence:
         """What one sequence's streamed tokens make; cut short, it counts as out of length."""
-        pairs = np.array([t.topk_logprobs for t in tokens]).reshape(len(tokens), -1, 2)
+        k = len(tokens[0].topk_logprobs) if tokens else 0
+        pairs = np.array([t.topk_logprobs for t in tokens]).reshape(len(tokens), k, 2)
         top = TokenLogprobs(pairs[..., 0].astype(np.int64), pairs[..., 1].astype(np.float32))
         return cls(
             np.array([t.token for t in tokens], np.int64),
             np.array([t.logprob for t in tokens], np.float32),
             np.array([t.version for t in tokens], np.int32),
             (tokens[-1].stop_reason if tokens else None) or "length",
-            top if pairs.size else None,
+            top if k else None,
         )
 
 
