@@ -602,7 +602,8 @@ class SamplerEngine:
         elif len(s.logprobs) == entry.max_tokens:
             s.stop_reason = "length"
         if entry.streaming:
-            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason)
+            top = tuple(zip(*(a.tolist() for a in s.top[-1]), strict=True)) if s.top else ()
+            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason, top)
             self._events.append(Event(entry.number, token=drawn))
         if s.stop_reason is None:
             return

@@ -143,11 +143,19 @@ class SamplingClient(HasSync):
         prompt: TokensLike,
         num_samples: int = 1,
         sampling_params: SamplingParams | None = None,
+        *,
+        topk_sample_logprobs: int = 0,
     ) -> AsyncIterator[SampledToken]:
-        """Sample, yielding each token as it is drawn. Leaving the loop withdraws the request."""
+        """Sample, yielding each token as it is drawn, with the K likeliest tokens if
+        `topk_sample_logprobs=K`. Leaving the loop withdraws the request."""
         grant = await Op(self._grant)
-        params = sampling_params or SamplingParams()
-        request = SampleRequest(token_array(prompt, "prompt"), params, grant.policy, num_samples)
+        request = SampleRequest(
+            token_array(prompt, "prompt"),
+            sampling_params or SamplingParams(),
+            grant.policy,
+            num_samples,
+            topk_sample_logprobs=topk_sample_logprobs,
+        )
         stream = grant.sampler.stream("stream", request)
         try:
             async for token in stream:

@@ -35,9 +35,10 @@ def token_array(tokens: Any, what: str = "tokens") -> np.ndarray:
         raise InvalidInput(f"{what} must be one-dimensional, got shape {array.shape}")
     if not np.issubdtype(array.dtype, np.integer):
         raise InvalidInput(f"{what} must be integer token ids, got dtype {array.dtype}")
-    if array.size and array.min() < 0:
+    array = array.astype(np.int64, copy=False)
+    if array.size and array.min() < 0:  # or beyond int64, in uint64
         raise InvalidInput(f"{what} holds a negative token id at position {int(array.argmin())}")
-    return array.astype(np.int64, copy=False)
+    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,15 +167,20 @@ class SamplingParams:
             raise InvalidInput(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not np.isfinite(self.temperature) or self.temperature < 0:
             raise InvalidInput(f"temperature must be finite and >= 0, got {self.temperature}")
-        if self.top_k != -1 and self.top_k < 1:
-            raise InvalidInput(f"top_k must be -1 (off) or at least 1, got {self.top_k}")
+        if self.top_k != -1 and not 1 <= self.top_k < 2**31:
+            raise InvalidInput(f"top_k must be -1 (off) or from 1 to 2**31 - 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InvalidInput(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.seed is not None and self.seed < 0:
-            raise InvalidInput(f"seed must be >= 0, got {self.seed}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise InvalidInput(f"seed must be from 0 to 2**64 - 1, got {self.seed}")
         kinds = {type(item) for item in self.stop_list}
         if not (kinds <= {str} or kinds <= {int}):
             raise InvalidInput("stop must hold strings or token ids, not both")
+        for stop in self.stop_strings:
+            try:
+                stop.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidInput(f"stop must hold valid Unicode: {error}") from None
         if self.stop is not None and not isinstance(self.stop, str):
             object.__setattr__(self, "stop", self.stop_list)
 
@@ -292,6 +298,20 @@ class SampledSequence:
     stop_reason: StopReason
     topk_logprobs: TokenLogprobs | None = None
 
+    @classmethod
+    def of(cls, tokens: Sequence[SampledToken]) -> SampledSequence:
+        """What one sequence's streamed tokens make; cut short, it counts as out of length."""
+        k = len(tokens[0].topk_logprobs) if tokens else 0
+        pairs = np.array([t.topk_logprobs for t in tokens]).reshape(len(tokens), k, 2)
+        top = TokenLogprobs(pairs[..., 0].astype(np.int64), pairs[..., 1].astype(np.float32))
+        return cls(
+            np.array([t.token for t in tokens], np.int64),
+            np.array([t.logprob for t in tokens], np.float32),
+            np.array([t.version for t in tokens], np.int32),
+            (tokens[-1].stop_reason if tokens else None) or "length",
+            top if k else None,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class SampleResponse:
@@ -318,13 +338,15 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One streamed token; `stop_reason` is set on the last one of its sequence."""
+    """One streamed token; `stop_reason` is set on the last one of its sequence. If asked for,
+    `topk_logprobs` are the K likeliest tokens with their logprobs, likeliest first."""
 
     index: int
     token: int
     logprob: float
     version: int
     stop_reason: StopReason | None = None
+    topk_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
