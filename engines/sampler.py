@@ -107,6 +107,7 @@ class SamplerStats:
     running: int = 0
     blocks_in_use: int = 0
     num_blocks: int = 0
+    block_size: int = 0  # tokens
 
 
 class SamplerEngine:
@@ -153,7 +154,7 @@ class SamplerEngine:
         )
         self.adapters = AdapterStore()
         self.end_tokens = _end_tokens(backbone, tokenizer)
-        self.stats = SamplerStats(num_blocks=num_blocks)
+        self.stats = SamplerStats(num_blocks=num_blocks, block_size=block_size)
         self._numbers = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._prompting: list[_Request] = []

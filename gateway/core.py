@@ -428,6 +428,10 @@ class Gateway:
                     raise
         raise AssertionError("unreachable")
 
+    def used(self, model: str) -> None:
+        """Keep a base model loaded for a while."""
+        self._used[model] = time.monotonic()
+
     # ---- checkpoints ----
 
     async def checkpoint(self, owner: str, path: str, *, own: bool = False) -> Checkpoint:
