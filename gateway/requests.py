@@ -196,7 +196,7 @@ class Tensor(Body):
 
     data: list[int] | list[float]
     dtype: Literal["int64", "float32"]
-    shape: list[Annotated[int, Field(ge=0)]] | None = None
+    shape: list[Annotated[int, Field(ge=0, lt=1 << 31)]] | None = None
     sparse_crow_indices: list[int] | None = None
     sparse_col_indices: list[int] | None = None
 
