@@ -48,11 +48,12 @@ class Entry:
 
 @dataclass
 class RunLog:
-    """One run's operations: those waiting by number, and the results of those applied."""
+    """One run's operations: those waiting by number, and the results of those applied.
+    `publish_steps`: every operation that changes the weights publishes them."""
 
     run_id: str
     next_seq_id: int = 1
-    live: bool = False
+    publish_steps: bool = False
     publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: dict[int, Entry] = field(default_factory=dict)
     results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
@@ -267,23 +268,14 @@ class Learner:
         return self.engine.forward_backward(log.run_id, **args)
 
     def _op_optim_step(self, log: RunLog, adam_params: Any) -> Any:
-        response = self.engine.optim_step(log.run_id, adam_params)
-        if not log.live:
-            return response
-        publication = self._publication(log.run_id, keep=False)
-
-        async def publish() -> Any:
-            await publication
-            return response
-
-        return publish()
+        return self._with_publication(log, self.engine.optim_step(log.run_id, adam_params))
 
     def _op_publish(
         self, log: RunLog, keep: bool, every_step: bool
     ) -> Coroutine[Any, Any, PublishResponse]:
-        """`keep` holds this version for those who pin it; `every_step` publishes every step's
-        from here on."""
-        log.live = log.live or every_step
+        """Make the weights the run's newest. `keep` holds this version for clients pinned to it
+        when newer ones come; `every_step` publishes after every later step too."""
+        log.publish_steps = log.publish_steps or every_step
         return self._publication(log.run_id, keep)
 
     def _op_get_info(self, log: RunLog) -> TrainingInfo:
@@ -310,16 +302,7 @@ class Learner:
 
     def _op_load_state(self, log: RunLog, path: str, optimizer: bool) -> Any:
         self._load_checkpoint(log.run_id, path, optimizer, False)
-        response = SaveResponse(path)
-        if not log.live:
-            return response
-        publication = self._publication(log.run_id, keep=False)
-
-        async def publish() -> SaveResponse:
-            await publication
-            return response
-
-        return publish()
+        return self._with_publication(log, SaveResponse(path))
 
     # ---- publishing and checkpoints ----
 
@@ -328,6 +311,18 @@ class Learner:
             self.sampler = await Op(self.controller.call("sampler_handle", self.base_model))
         assert self.sampler is not None
         return self.sampler
+
+    def _with_publication(self, log: RunLog, response: Any) -> Any:
+        """`response`, once the weights that came with it are published, if they are to be."""
+        if not log.publish_steps:
+            return response
+        publication = self._publication(log.run_id, keep=False)
+
+        async def publish() -> Any:
+            await publication
+            return response
+
+        return publish()
 
     def _publication(self, run_id: str, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
         run = self.engine.runs[run_id]

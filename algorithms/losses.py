@@ -136,19 +136,21 @@ def dro(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
 
 
 def stable_reinforce(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
-    """`-stop_gradient(min(r, cap) (A - kappa log r)) p`: ours (docs/stable_reinforce.md).
+    """`-stop_gradient(clip(r, 1 / c, c) (A - kappa log r)) p`: ours (docs/stable_reinforce.md).
 
     `E_q[r A] - kappa KL(pi || q)` has the gradient `E_q[r (A - kappa log r) grad p]` (the term
     `-kappa E_pi[grad p]` is 0): that of `importance_sampling`, pulled back as the policy leaves
     the sampler's, and nought at `r = e^(A / kappa)`, where every ratio therefore stops however
     many steps are taken on the same samples. On the sampler's own weights, `r = 1`, it is
-    REINFORCE. Truncating the weight bounds the variance and leaves that point where it is.
+    REINFORCE. Truncating the weight moves that point nowhere; from above it bounds the variance,
+    from below it keeps the pull on tokens that the policy has all but dropped.
 
-    The pull acts on the tokens that `sampled_mask` marks; without it, on those with an advantage.
+    `kl_coeff` is kappa, `ratio_cap` is c. The pull acts on the tokens that `sampled_mask` marks;
+    without it, on those with an advantage.
     """
     gap = p.detach() - inputs["logprobs"]
     pull = torch.where(inputs["sampled_mask"] != 0, config["kl_coeff"] * gap, 0.0)
-    weight = gap.exp().clamp(max=config["ratio_cap"])
+    weight = gap.exp().clamp(1 / config["ratio_cap"], config["ratio_cap"])
     return -weight * (inputs["advantages"] - pull) * p
 
 
@@ -190,7 +192,8 @@ def _outside(
 
 
 def _capped(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
-    return _ratio(p, inputs) > config["ratio_cap"]
+    r = _ratio(p, inputs)
+    return (r < 1 / config["ratio_cap"]) | (r > config["ratio_cap"])
 
 
 LOSSES: dict[str, Loss] = {}
@@ -248,7 +251,7 @@ register_loss(
         stable_reinforce,
         _where_advantage_or("sampled_mask"),
         optional={"sampled_mask": _advantage_mask},
-        config={"kl_coeff": 1.0, "ratio_cap": 2.0},
+        config={"kl_coeff": 0.3, "ratio_cap": 2.0},
         clipped=_capped,
     )
 )

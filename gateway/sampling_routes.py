@@ -163,8 +163,11 @@ def sample_request(
         body.sampling_params.params(),
         PolicyRef(),
         body.num_samples,
-        prompt_logprobs=bool(body.prompt_logprobs) or body.topk_prompt_logprobs > 0,
+        prompt_logprobs=bool(body.prompt_logprobs),
         topk_prompt_logprobs=body.topk_prompt_logprobs,
+        prompt_logprobs_last_n=body.prompt_logprobs_last_n,
+        target_prompt_logprobs=targets,
+        prompt_alt_tokens_k=body.prompt_alt_tokens_k,
+        topk_sample_logprobs=body.topk_sample_logprobs,
     )
-    del targets
     return request, csr

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from tinker.proto import tinker_public_pb2 as pb
 
 from ..primitives.errors import InvalidInput, OutOfCapacity
-from ..primitives.types import Datum, ForwardBackwardOutput, SampleResponse
+from ..primitives.types import Datum, ForwardBackwardOutput, SampleResponse, TokenLogprobs
 
 _DTYPES: dict[int, np.dtype[Any]] = {
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
@@ -277,13 +277,6 @@ def write_training_output(output: ForwardBackwardOutput) -> bytes:
     return message.SerializeToString()
 
 
-def _write_tensor(message: pb.Tensor, array: np.ndarray) -> None:
-    message.dtype = _PROTO_DTYPES[array.dtype.kind]
-    message.shape.extend(array.shape)
-    wide = array.astype("<f4" if array.dtype.kind == "f" else "<i8")
-    message.dense = wide.tobytes()
-
-
 def write_sample_response(
     response: SampleResponse, target_csr: tuple[np.ndarray, np.ndarray] | None = None
 ) -> bytes:
@@ -291,11 +284,43 @@ def write_sample_response(
     whose layout the answer takes."""
     message = pb.SampleResponse(prompt_cache_hit_tokens=response.prompt_cache_hit_tokens)
     for sequence in response.sequences:
-        message.sequences.add(
+        written = message.sequences.add(
             stop_reason=_STOP_REASONS[sequence.stop_reason],
             tokens=sequence.tokens.astype("<i4").tobytes(),
             logprobs=sequence.logprobs.astype("<f4").tobytes(),
         )
+        if sequence.topk_logprobs is not None:
+            _write_topk(written.topk_sampled_logprobs, sequence.topk_logprobs)
     if response.prompt_logprobs is not None:
         message.prompt_logprobs = response.prompt_logprobs.astype("<f4").tobytes()
+    if response.topk_prompt_logprobs is not None:
+        _write_topk(message.topk_prompt_logprobs, response.topk_prompt_logprobs)
+    if response.target_prompt_logprobs is not None:
+        _write_tensor(message.target_prompt_logprobs, response.target_prompt_logprobs, target_csr)
+    if response.prompt_alt_tokens is not None:
+        _write_tensor(message.prompt_alt_tokens.tokens, response.prompt_alt_tokens.tokens)
+        _write_tensor(message.prompt_alt_tokens.logprobs, response.prompt_alt_tokens.logprobs)
     return message.SerializeToString()
+
+
+def _write_topk(message: pb.TopkLogprobs, topk: TokenLogprobs) -> None:
+    message.length, message.k = topk.tokens.shape
+    message.token_ids = topk.tokens.astype("<i4").tobytes()
+    logprobs = np.where(np.isnan(topk.logprobs), EMPTY_LOGPROB, topk.logprobs)
+    message.logprobs = logprobs.astype("<f4").tobytes()
+
+
+def _write_tensor(
+    message: pb.Tensor, array: np.ndarray, csr: tuple[np.ndarray, np.ndarray] | None = None
+) -> None:
+    message.dtype = _PROTO_DTYPES[array.dtype.kind]
+    message.shape.extend(array.shape)
+    array = array.astype("<f4" if array.dtype.kind == "f" else "<i8")
+    if csr is None:
+        message.dense = array.tobytes()
+        return
+    rows, columns = csr
+    listed = array[np.repeat(np.arange(len(rows) - 1), np.diff(rows)), columns]
+    message.sparse_csr.values = listed.tobytes()
+    message.sparse_csr.crow_indices = rows.astype("<i8").tobytes()
+    message.sparse_csr.col_indices = columns.astype("<i8").tobytes()

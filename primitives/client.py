@@ -12,7 +12,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -95,11 +95,25 @@ class SamplingClient(HasSync):
         *,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+        target_prompt_logprobs: Any = None,
+        prompt_alt_tokens_k: int = 0,
+        topk_sample_logprobs: int = 0,
     ) -> Op[SampleResponse]:
         """Sample `num_samples` continuations of `prompt` (token ids `[T]`).
 
-        `include_prompt_logprobs` also returns the logprob of every prompt token, and
-        `topk_prompt_logprobs=K` the K likeliest tokens at every prompt position.
+        Without `max_tokens` a sample may go on to the end of the model's context. What else may be
+        asked for comes in the `SampleResponse`, as it says there.
+
+        Args:
+            include_prompt_logprobs: the logprob of every prompt token.
+            topk_prompt_logprobs: the K likeliest tokens at every prompt position.
+            prompt_logprobs_last_n: score only the last N prompt tokens in these two; what is
+                before them may then come from the prefix cache.
+            target_prompt_logprobs: int64 `[T - 1, K]`, tokens to score: row i at prompt position
+                i + 1; -1 names none.
+            prompt_alt_tokens_k: K draws at every prompt position but the first.
+            topk_sample_logprobs: the K likeliest tokens for every sampled token.
 
         Raises:
             InvalidInput: empty prompt, token ids out of range, prompt and `max_tokens` beyond
@@ -107,10 +121,22 @@ class SamplingClient(HasSync):
             NotFound: this version is no longer held by the sampler.
             OutOfCapacity: the request can never fit in the sampler's memory.
         """
-        request = self._request(
-            prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs
+        request = SampleRequest(
+            token_array(prompt, "prompt"),
+            sampling_params or SamplingParams(),
+            num_samples=num_samples,
+            prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+            target_prompt_logprobs=target_prompt_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            topk_sample_logprobs=topk_sample_logprobs,
         )
-        return Op(chain(self._grant, lambda g: g.sampler.call("sample", request(g.policy))))
+        return Op(
+            chain(
+                self._grant, lambda g: g.sampler.call("sample", replace(request, policy=g.policy))
+            )
+        )
 
     async def sample_stream(
         self,
@@ -119,19 +145,27 @@ class SamplingClient(HasSync):
         sampling_params: SamplingParams | None = None,
     ) -> AsyncIterator[SampledToken]:
         """Sample, yielding each token as it is drawn. Leaving the loop withdraws the request."""
-        request = self._request(prompt, num_samples, sampling_params, False, 0)
         grant = await Op(self._grant)
-        stream = grant.sampler.stream("stream", request(grant.policy))
+        params = sampling_params or SamplingParams()
+        request = SampleRequest(token_array(prompt, "prompt"), params, grant.policy, num_samples)
+        stream = grant.sampler.stream("stream", request)
         try:
             async for token in stream:
                 yield token
         finally:
             await stream.aclose()  # type: ignore[attr-defined]
 
-    def compute_logprobs(self, prompt: TokensLike) -> Op[np.ndarray]:
-        """Logprobs of the tokens of `prompt` under this policy, float32 `[T]`, NaN first."""
+    def compute_logprobs(
+        self, prompt: TokensLike, *, prompt_logprobs_last_n: int | None = None
+    ) -> Op[np.ndarray]:
+        """Logprobs of the tokens of `prompt` under this policy, float32 `[T]`, NaN first; with
+        `prompt_logprobs_last_n=N` only of the last N, NaN before them."""
         response = self.sample(
-            prompt, 1, SamplingParams(max_tokens=1), include_prompt_logprobs=True
+            prompt,
+            1,
+            SamplingParams(max_tokens=1),
+            include_prompt_logprobs=True,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
         return response.then(_prompt_logprobs)
 
@@ -143,24 +177,6 @@ class SamplingClient(HasSync):
     def policy(self) -> PolicyRef:
         """Which weights this client samples from. Blocks until the client is ready."""
         return self._grant.result().policy
-
-    @staticmethod
-    def _request(
-        prompt: TokensLike,
-        num_samples: int,
-        params: SamplingParams | None,
-        prompt_logprobs: bool,
-        topk: int,
-    ) -> Callable[[PolicyRef], SampleRequest]:
-        tokens = token_array(prompt, "prompt")
-        return lambda policy: SampleRequest(
-            tokens,
-            params or SamplingParams(),
-            policy,
-            num_samples,
-            prompt_logprobs or topk > 0,
-            topk,
-        )
 
     def __getstate__(self) -> SamplerGrant:
         if not self._grant.done():

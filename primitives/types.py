@@ -209,7 +209,11 @@ class PolicyRef:
 
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """One call of `SamplingClient.sample`, as the sampling engines take it."""
+    """One call of `SamplingClient.sample`, as the sampling engines take it.
+
+    `target_prompt_logprobs` int64 `[T - 1, K]`: row i names tokens to score at prompt position
+    i + 1; -1 names none.
+    """
 
     prompt: np.ndarray
     params: SamplingParams = SamplingParams()
@@ -217,38 +221,98 @@ class SampleRequest:
     num_samples: int = 1
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: np.ndarray | None = None
+    prompt_alt_tokens_k: int = 0
+    topk_sample_logprobs: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_array(self.prompt, "prompt"))
-        if len(self.prompt) == 0:
+        length = len(self.prompt)
+        if length == 0:
             raise InvalidInput("prompt is empty: give at least one token")
         if self.num_samples < 1:
             raise InvalidInput(f"num_samples must be at least 1, got {self.num_samples}")
-        if self.topk_prompt_logprobs < 0:
+        for name in ("topk_prompt_logprobs", "prompt_alt_tokens_k", "topk_sample_logprobs"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"{name} must be >= 0, got {getattr(self, name)}")
+        last_n = self.prompt_logprobs_last_n
+        if last_n is not None and not (self.prompt_logprobs or self.topk_prompt_logprobs):
+            raise InvalidInput("prompt_logprobs_last_n needs prompt_logprobs")
+        if last_n is not None and not 1 <= last_n < length:
             raise InvalidInput(
-                f"topk_prompt_logprobs must be >= 0, got {self.topk_prompt_logprobs}"
+                f"prompt_logprobs_last_n must be from 1 to {length - 1}, one less than the "
+                f"prompt's length, got {last_n}"
             )
+        if self.target_prompt_logprobs is not None:
+            targets = _prompt_targets(self.target_prompt_logprobs, length)
+            object.__setattr__(self, "target_prompt_logprobs", targets)
+
+
+def _prompt_targets(tokens: Any, length: int) -> np.ndarray:
+    array, what = np.asarray(tokens), "target_prompt_logprobs"
+    if array.ndim != 2 or len(array) != length - 1:
+        raise InvalidInput(
+            f"{what} must have shape [{length - 1}, K], a row for every prompt token but the "
+            f"first, got {list(array.shape)}"
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise InvalidInput(f"{what} must be integer token ids, got dtype {array.dtype}")
+    if not (array >= 0).any():
+        raise InvalidInput(f"{what} names no token: every cell is -1")
+    if array.min() < -1:
+        row, column = np.argwhere(array < -1)[0].tolist()
+        raise InvalidInput(f"{what} holds {array[row, column]} at position {row}, {column}")
+    return array.astype(np.int64, copy=False)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLogprobs:
+    """K tokens at each of N positions, int64 `[N, K]`, and their logprobs, float32 `[N, K]`.
+    Where nothing was computed: token 0, logprob NaN."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+    @classmethod
+    def empty(cls, positions: int, k: int) -> TokenLogprobs:
+        shape = (positions, k)
+        return cls(np.zeros(shape, np.int64), np.full(shape, np.nan, np.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class SampledSequence:
     """One completion: tokens int64 `[T]`, logprobs float32 `[T]` of the temperature-scaled
-    distribution (before top_k and top_p), versions int32 `[T]` of the policy per token."""
+    distribution (before top_k and top_p), versions int32 `[T]` of the policy per token, and, if
+    asked for, the K likeliest tokens of that distribution per token, likeliest first."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
     stop_reason: StopReason
+    topk_logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class SampleResponse:
-    """`prompt_logprobs` is float32 `[T]`, NaN at position 0; `topk_prompt_logprobs[t]` lists
-    (token id, logprob) of the K likeliest tokens at `t`, None at position 0."""
+    """The samples, and what was asked about the prompt's P tokens; logprobs of prompt tokens are at
+    temperature 1 whatever the request's.
+
+    Attributes:
+        prompt_logprobs: float32 `[P]`, NaN at position 0 and before the last n, if asked so.
+        topk_prompt_logprobs: the K likeliest tokens at each of the P positions, likeliest first;
+            empty where `prompt_logprobs` is NaN.
+        target_prompt_logprobs: float32 `[P - 1, K]`, 0 where no token was named.
+        prompt_alt_tokens: `[P - 1, K]`: row i has K independent draws from the distribution of
+            prompt token i + 1, at the request's temperature, with their logprobs at temperature 1.
+        prompt_cache_hit_tokens: prompt tokens that were not computed again.
+    """
 
     sequences: list[SampledSequence]
     prompt_logprobs: np.ndarray | None = None
-    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    topk_prompt_logprobs: TokenLogprobs | None = None
+    target_prompt_logprobs: np.ndarray | None = None
+    prompt_alt_tokens: TokenLogprobs | None = None
     prompt_cache_hit_tokens: int = 0
 
 

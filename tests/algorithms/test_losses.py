@@ -22,7 +22,7 @@ def reference(name, p, x, c):
         return -(p * a - c["beta"] / 2 * (p - q) ** 2), -(a - c["beta"] * (p - q))
     if name == "stable_reinforce":
         pull = c["kl_coeff"] * (p - q) if x["sampled_mask"] else 0.0
-        weight = min(r, c["ratio_cap"]) * (a - pull)
+        weight = min(max(r, 1 / c["ratio_cap"]), c["ratio_cap"]) * (a - pull)
         return -weight * p, -weight
     low, high = x["clip_low_threshold"], x["clip_high_threshold"]
     ratio = x["s"] if name == "gspo" else r

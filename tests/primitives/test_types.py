@@ -116,8 +116,30 @@ def test_bad_sample_requests_are_named():
         SampleRequest([])
     with pytest.raises(tinsmith.InvalidInput, match="num_samples must be at least 1"):
         SampleRequest([1], num_samples=0)
-    with pytest.raises(tinsmith.InvalidInput, match="topk_prompt_logprobs must be >= 0"):
-        SampleRequest([1], topk_prompt_logprobs=-1)
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        with pytest.raises(tinsmith.InvalidInput, match=f"{name} must be >= 0"):
+            SampleRequest([1], **{name: -1})
+    with pytest.raises(tinsmith.InvalidInput, match="last_n needs prompt_logprobs"):
+        SampleRequest([1, 2], prompt_logprobs_last_n=1)
+    for last_n in (0, 2):
+        with pytest.raises(tinsmith.InvalidInput, match=f"must be from 1 to 1, .* got {last_n}"):
+            SampleRequest([1, 2], prompt_logprobs=True, prompt_logprobs_last_n=last_n)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([1, 2], r"must have shape \[2, K\], .* got \[2\]"),
+        ([[1]], r"must have shape \[2, K\], .* got \[1, 1\]"),
+        ([[1.0], [2.0]], "must be integer token ids"),
+        ([[1, -1], [-2, 3]], "holds -2 at position 1, 0"),
+        ([[-1], [-1]], "names no token"),
+        (np.zeros((2, 0), int), "names no token"),
+    ],
+)
+def test_bad_prompt_targets_are_named(targets, message):
+    with pytest.raises(tinsmith.InvalidInput, match=f"target_prompt_logprobs {message}"):
+        SampleRequest([1, 2, 3], target_prompt_logprobs=targets)
 
 
 def test_a_bad_datum_is_named_by_its_index_and_field():
