@@ -18,6 +18,8 @@ Message: TypeAlias = dict[str, Any]
 """A chat message: at least `role` and `content`, as chat templates read them."""
 
 StopReason = Literal["stop", "length"]
+MAX_TTL_S = 100 * 365 * 86400.0
+MAX_SEED = (1 << 63) - 1
 
 
 def token_array(tokens: Any, what: str = "tokens") -> np.ndarray:
@@ -96,6 +98,11 @@ class Datum:
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
 
+def _check_seed(seed: int | None) -> None:
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise InvalidInput(f"seed must be between 0 and 2**63 - 1, got {seed}")
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """What a run trains: `W + alpha / rank * B A` on the chosen groups of linear layers.
@@ -118,6 +125,7 @@ class LoraConfig:
             raise InvalidInput(f"alpha must be a positive number, got {self.alpha!r}")
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise InvalidInput("set at least one of train_attn, train_mlp, train_unembed")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -171,8 +179,7 @@ class SamplingParams:
             raise InvalidInput(f"top_k must be -1 (off) or from 1 to 2**31 - 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InvalidInput(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise InvalidInput(f"seed must be from 0 to 2**64 - 1, got {self.seed}")
+        _check_seed(self.seed)
         kinds = {type(item) for item in self.stop_list}
         if not (kinds <= {str} or kinds <= {int}):
             raise InvalidInput("stop must hold strings or token ids, not both")
@@ -427,12 +434,14 @@ def expiry(ttl_seconds: float | None) -> float | None:
     """The Unix time that is so many seconds from now.
 
     Raises:
-        InvalidInput: not a positive number.
+        InvalidInput: not a positive number, or over a hundred years.
     """
     if ttl_seconds is None:
         return None
-    if not np.isfinite(ttl_seconds) or ttl_seconds <= 0:
-        raise InvalidInput(f"ttl_seconds must be a positive number, got {ttl_seconds!r}")
+    if not 0 < ttl_seconds <= MAX_TTL_S:
+        raise InvalidInput(
+            f"ttl_seconds must be above 0 and at most a hundred years, got {ttl_seconds!r}"
+        )
     return time.time() + ttl_seconds
 
 
