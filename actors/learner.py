@@ -33,6 +33,7 @@ from ..primitives.types import (
     SaveResponse,
     TrainingInfo,
 )
+from ..primitives.validation import check_ttl
 from .storage import MANIFEST, Storage
 from .threads import set_engine_threads
 
@@ -79,7 +80,6 @@ class Learner:
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.finishing: set[asyncio.Task[None]] = set()
-        self.saving: set[CheckpointPath] = set()
         self.writing = asyncio.Lock()
         self.wake = asyncio.Event()
         self.pump: asyncio.Task[None] | None = None
@@ -107,9 +107,15 @@ class Learner:
     # ---- runs ----
 
     async def open_run(
-        self, run_id: str, lora: LoraConfig, path: str | None, optimizer: bool
+        self,
+        run_id: str,
+        lora: LoraConfig,
+        path: str | None,
+        optimizer: bool,
+        next_seq_id: int = 1,
     ) -> int:
-        """Start a run, afresh or from a checkpoint; returns the number of its first operation."""
+        """Start a run, afresh or from a checkpoint; returns the number of its first operation,
+        `next_seq_id`."""
         if run_id in self.logs:
             await self.close_run(run_id)
         await self._in_engine(self.engine.create_run, run_id, lora)
@@ -120,9 +126,9 @@ class Learner:
         except BaseException:
             await self._in_engine(self.engine.drop_run, run_id)
             raise
-        self.logs[run_id] = RunLog(run_id)
+        self.logs[run_id] = RunLog(run_id, next_seq_id)
         self.turn.append(run_id)
-        return 1
+        return next_seq_id
 
     async def take_over(self, run_id: str) -> int | None:
         """Where a new client's operations go on, after all that has arrived; None if the run is
@@ -147,9 +153,14 @@ class Learner:
             if not entry.future.done():
                 entry.future.set_exception(NotFound(f"run {run_id} was closed"))
         await self._in_engine(self.engine.drop_run, run_id)
-        if self.sampler is not None:
-            with contextlib.suppress(Unavailable):  # a dead one holds nothing
-                await Op(self.sampler.call("drop_run", run_id))
+        async with log.publishing:  # what is on its way to the sampler arrives before it is dropped
+            if self.sampler is not None:
+                with contextlib.suppress(Unavailable):  # a dead one holds nothing
+                    await Op(self.sampler.call("drop_run", run_id))
+
+    async def settle(self) -> None:
+        """Wait until what is being saved is saved."""
+        await self._settle_writes()
 
     # ---- the log ----
 
@@ -287,18 +298,23 @@ class Learner:
         )
 
     def _op_save_state(
-        self, log: RunLog, name: str, user_metadata: dict[str, Any], overwrite: bool
+        self,
+        log: RunLog,
+        name: str,
+        user_metadata: dict[str, Any],
+        overwrite: bool,
+        ttl_seconds: int | None = None,
     ) -> Coroutine[Any, Any, SaveResponse]:
         path = CheckpointPath(log.run_id, "weights", name)
         state = self.engine.state(log.run_id)
-        return self._save(path, state, user_metadata, overwrite)
+        return self._save(path, state, user_metadata, overwrite, check_ttl(ttl_seconds))
 
     def _op_save_weights_for_sampler(
-        self, log: RunLog, name: str, overwrite: bool
+        self, log: RunLog, name: str, overwrite: bool, ttl_seconds: int | None = None
     ) -> Coroutine[Any, Any, SaveResponse]:
         path = CheckpointPath(log.run_id, "sampler_weights", name)
         state = {"params": self.engine.export(log.run_id)}
-        return self._save(path, state, {}, overwrite)
+        return self._save(path, state, {}, overwrite, check_ttl(ttl_seconds))
 
     def _op_load_state(self, log: RunLog, path: str, optimizer: bool) -> Any:
         self._load_checkpoint(log.run_id, path, optimizer, False)
@@ -345,11 +361,8 @@ class Learner:
         state: dict[str, torch.Tensor],
         user_metadata: dict[str, Any],
         overwrite: bool,
+        ttl_seconds: int | None,
     ) -> Coroutine[Any, Any, SaveResponse]:
-        taken = path in self.saving or self.storage.exists(path.folder)
-        if taken and not overwrite:
-            raise InvalidInput(f"{path} exists already; take another name, or overwrite=True")
-        self.saving.add(path)
         run = self.engine.runs[path.run_id]
         version, layout = run.version, run.layout
         manifest = {
@@ -359,31 +372,31 @@ class Learner:
             "user_metadata": user_metadata,
         }
 
-        def write() -> Checkpoint:
+        def write() -> tuple[Checkpoint, str]:
             params = state.pop("params")
             files = adapter_files.write_adapter(layout, params, self.base_model)
             if state:
                 files["optimizer.safetensors"] = safetensors.torch.save(state)
             files[MANIFEST] = json.dumps(manifest, indent=1).encode()
-            size = self.storage.write(path.folder, files)
-            return Checkpoint(
+            staged, now = self.storage.stage(path.folder, files), time.time()
+            checkpoint = Checkpoint(
                 str(path),
                 path.run_id,
                 path.kind,
                 path.name,
                 version,
-                time.time(),
-                size,
+                now,
+                sum(map(len, files.values())),
                 user_metadata,
+                None if ttl_seconds is None else now + ttl_seconds,
             )
+            return checkpoint, staged
 
         async def save() -> SaveResponse:
             async with self.writing:  # in order: of two saves by one name the later one stays
-                try:
-                    checkpoint = await asyncio.to_thread(write)
-                finally:
-                    self.saving.discard(path)
-                await Op(self.controller.call("record_checkpoint", checkpoint))
+                checkpoint, staged = await asyncio.to_thread(write)
+                # The controller alone gives out names: saving, copying and deleting cannot collide.
+                await Op(self.controller.call("add_checkpoint", checkpoint, staged, overwrite))
             return SaveResponse(str(path))
 
         return save()

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..primitives.errors import TinsmithError
-from . import chat, doctor, plot, runs, train
+from . import chat, doctor, export, plot, runs, train
 
 
 class _Commands(TyperGroup):
@@ -34,6 +34,7 @@ app.command()(train.train)
 app.command()(runs.runs)
 app.command()(plot.plot)
 app.command()(chat.chat)
+app.command()(export.export)
 
 
 def _show_version(wanted: bool) -> None:

@@ -41,6 +41,7 @@ from .types import (
     Trajectory,
     token_array,
 )
+from .validation import check_ttl
 
 LogprobsWanted = Literal["all", "loss"]
 CustomLoss = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
@@ -308,14 +309,25 @@ class TrainingClient(HasSync):
         return self._submit("optim_step", adam_params=params)
 
     def save_state(
-        self, name: str, *, user_metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+        self,
+        name: str,
+        *,
+        user_metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        ttl_seconds: int | None = None,
     ) -> Op[SaveResponse]:
         """Save weights and optimizer under `tinker://<run>/weights/<name>`; immutable.
 
-        `user_metadata` (JSON values) is kept in the checkpoint's manifest.
+        `user_metadata` (JSON values) is kept in the checkpoint's manifest. After `ttl_seconds` the
+        checkpoint is deleted.
         """
-        metadata = _json_values(user_metadata)
-        return self._submit("save_state", name=name, user_metadata=metadata, overwrite=overwrite)
+        return self._submit(
+            "save_state",
+            name=name,
+            user_metadata=_json_values(user_metadata),
+            overwrite=overwrite,
+            ttl_seconds=check_ttl(ttl_seconds),
+        )
 
     def load_state(self, path: str) -> Op[SaveResponse]:
         """Replace this run's weights by a checkpoint's; the optimizer starts afresh."""
@@ -325,9 +337,15 @@ class TrainingClient(HasSync):
         """Replace this run's weights and optimizer state by a checkpoint's."""
         return self._submit("load_state", path=path, optimizer=True)
 
-    def save_weights_for_sampler(self, name: str, *, overwrite: bool = False) -> Op[SaveResponse]:
-        """Save a PEFT adapter under `tinker://<run>/sampler_weights/<name>`; immutable."""
-        return self._submit("save_weights_for_sampler", name=name, overwrite=overwrite)
+    def save_weights_for_sampler(
+        self, name: str, *, overwrite: bool = False, ttl_seconds: int | None = None
+    ) -> Op[SaveResponse]:
+        """Save a PEFT adapter under `tinker://<run>/sampler_weights/<name>`; immutable. After
+        `ttl_seconds` it is deleted."""
+        ttl = check_ttl(ttl_seconds)
+        return self._submit(
+            "save_weights_for_sampler", name=name, overwrite=overwrite, ttl_seconds=ttl
+        )
 
     def save_weights_and_get_sampling_client(self) -> Op[SamplingClient]:
         """Publish the weights as they are at this point of the log, in memory, and return a client
@@ -551,12 +569,44 @@ class ServiceClient(HasSync):
         """Forget a run: its memory, its checkpoints and its files."""
         return Op(self._controller.call("delete_run", run_id))
 
+    def close_training_run(self, run_id: str) -> Op[None]:
+        """Free a run's memory. Its checkpoints stay, and `resume_training_client` opens it again;
+        what was not saved is lost, operations still waiting fail.
+
+        Raises:
+            NotFound: no such run.
+        """
+        return Op(self._controller.call("close_run", run_id))
+
+    def unload_model(self, base_model: str) -> Op[bool]:
+        """Free a base model's memory, ending its samplers' requests; the next use loads it again.
+        False, and nothing happens, while it has open runs (`close_training_run`)."""
+        return Op(self._controller.call("unload", base_model))
+
     def list_checkpoints(self, run_id: str | None = None) -> Op[list[Checkpoint]]:
         """Checkpoints of one run or of all, newest first."""
         return Op(self._controller.call("list_checkpoints", run_id))
 
     def delete_checkpoint(self, path: str) -> Op[None]:
+        """Delete a checkpoint; who samples from it is told that it is gone."""
         return Op(self._controller.call("delete_checkpoint", path))
+
+    def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> Op[None]:
+        """Have a checkpoint deleted `ttl_seconds` from now; None keeps it."""
+        return Op(self._controller.call("set_checkpoint_ttl", path, check_ttl(ttl_seconds)))
+
+    def publish_checkpoint(self, path: str, public: bool = True) -> Op[None]:
+        """Let all users of a gateway with keys read a checkpoint, or no longer."""
+        return Op(self._controller.call("publish_checkpoint", path, public))
+
+    def copy_checkpoint(self, path: str, run_id: str) -> Op[str]:
+        """Copy a checkpoint's files to another run, under the same name; returns the new path.
+
+        Raises:
+            InvalidInput: the run has a checkpoint of that name, or another base model or LoRA.
+            NotFound: no such checkpoint or run.
+        """
+        return Op(self._controller.call("copy_checkpoint", path, run_id))
 
     def close(self) -> None:
         """Leave the service, stopping it if `connect()` started it. Unsaved runs are lost."""

@@ -318,7 +318,11 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An immutable checkpoint; `kind` is `weights` (with optimizer) or `sampler_weights`."""
+    """An immutable checkpoint; `kind` is `weights` (with optimizer) or `sampler_weights`.
+
+    It is deleted at `expires` (Unix seconds; None: never). Where users have keys, a `public` one
+    can be read by all of them.
+    """
 
     path: str
     run_id: str
@@ -328,6 +332,8 @@ class Checkpoint:
     created: float
     size_bytes: int
     user_metadata: dict[str, Any] = field(default_factory=dict)
+    expires: float | None = None
+    public: bool = False
 
 
 @dataclass(frozen=True)

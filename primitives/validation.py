@@ -1,4 +1,4 @@
-"""Checks of a batch of datums at the learner's door. Each message names datum and field."""
+"""Checks at the door. Those of a batch of datums name the datum and the field."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import numpy as np
 
 from .errors import InvalidInput
 from .types import Datum
+
+
+def check_ttl(ttl_seconds: int | None) -> int | None:
+    """
+    Raises:
+        InvalidInput: it is neither None nor a positive integer.
+    """
+    good = isinstance(ttl_seconds, int) and not isinstance(ttl_seconds, bool) and ttl_seconds > 0
+    if ttl_seconds is not None and not good:
+        raise InvalidInput(f"ttl_seconds must be a positive integer or None, got {ttl_seconds!r}")
+    return ttl_seconds
 
 
 def validate_datums(
