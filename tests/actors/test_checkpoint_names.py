@@ -117,7 +117,7 @@ async def test_a_copy_takes_no_name_and_no_run_that_it_does_not_fit(service):
         with pytest.raises(tinsmith.InvalidInput, match="exists already"):
             await service.copy_checkpoint(path, run_id)
     narrow = await service.create_lora_training_client("tiny-llama", rank=2)
-    with pytest.raises(tinsmith.InvalidInput, match="rank=4.*rank=2"):
+    with pytest.raises(tinsmith.InvalidInput, match=r"rank=4.*rank=2"):
         await service.copy_checkpoint(path, narrow.run_id)
     with pytest.raises(tinsmith.NotFound, match="no run 'none'"):
         await service.copy_checkpoint(path, "none")
