@@ -499,7 +499,8 @@ class Gateway:
             if await Op(self.controller.call("unload", model)):
                 log.info("base model %s unloaded after %.0f s idle", model, now - used)
                 self._used.pop(model, None)
-        await self.store.forget_results(time.time() - self.settings.keep_results_s)
+        oldest = time.time() - self.settings.keep_results_s
+        await self.store.forget_results(oldest, self.settings.keep_results_bytes)
         await self.store.forget_sequences(time.time() - SEQUENCES_KEPT_S)
 
     async def drain(self) -> None:

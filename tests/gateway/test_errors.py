@@ -304,8 +304,10 @@ def test_no_samples(sampler):
 
 def test_sampling_from_no_model(client):
     refused(
-        lambda: client.create_sampling_client(base_model="no-such-model").result().sample(
-            prompt([1]), 1, GREEDY
+        lambda: (
+            client.create_sampling_client(base_model="no-such-model")
+            .result()
+            .sample(prompt([1]), 1, GREEDY)
         ),
         "no-such-model",
         (tinker.RequestFailedError, tinker.NotFoundError),
