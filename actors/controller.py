@@ -241,6 +241,9 @@ class Controller:
             learner = await self._learner(base_model)
             first = await Op(learner.call("open_run", run_id, lora, path, optimizer, next_seq_id))
             self.open_runs[run_id] = model_path
+        except BaseException:
+            self.open_runs.pop(run_id, None)  # a learner closes a run before it opens it again
+            raise
         finally:
             self.openings[model_path] -= 1
         return RunGrant(run_id, name, model_path, learner, first)
@@ -304,6 +307,8 @@ class Controller:
         async with self.opening[run_id]:
             run = self.registry.run(run_id)
             await self._close(run)
+            # What it was saving when it was closed would be written into the folder being deleted.
+            await self._tell("learner", run.base_model, "settle")
             async with self.naming[run_id]:
                 checkpoints = self.registry.checkpoints(run_id)
                 await asyncio.to_thread(self.storage.delete, f"runs/{run_id}")
