@@ -247,6 +247,9 @@ class Controller:
             learner = await self._learner(base_model)
             first = await Op(learner.call(method, run_id, *args))
             self.open_runs[run_id] = model_path
+        except BaseException:
+            self.open_runs.pop(run_id, None)  # a learner closes a run before it opens it again
+            raise
         finally:
             self.openings[model_path] -= 1
         return RunGrant(run_id, name, model_path, learner, first)
@@ -337,6 +340,8 @@ class Controller:
         async with self.opening[run_id]:
             run = self.registry.run(run_id)
             await self._close(run)
+            # What it was saving when it was closed would be written into the folder being deleted.
+            await self._tell("learner", run.base_model, "settle")
             async with self.naming[run_id]:
                 checkpoints = self.registry.checkpoints(run_id)
                 await asyncio.to_thread(self.storage.delete, f"runs/{run_id}")
