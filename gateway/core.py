@@ -171,6 +171,8 @@ class Gateway:
             if sampler.grant is not None and not shared:
                 with contextlib.suppress(TinsmithError):
                     await Op((await sampler.grant).sampler.call("drop_run", path))
+        for sampler_id in session.samplers:
+            self.completions.forget(sampler_id)
         self._sessions.pop(session.session_id, None)
 
     # ---- runs ----
