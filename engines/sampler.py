@@ -265,6 +265,12 @@ class SamplerEngine:
             if entry.number == number:
                 self._free(entry)
         self._events = [event for event in self._events if event.request != number]
+        self._count()  # there may be no step after this one
+
+    def _count(self) -> None:
+        self.stats.waiting = len(self._waiting)
+        self.stats.running = len(self._running())
+        self.stats.blocks_in_use = self.pool.in_use
 
     def fail_all(self, error: BaseException) -> None:
         """After a step that raised: every request under way gets the error."""
@@ -290,9 +296,7 @@ class SamplerEngine:
         if self._prompting or self._drawing:
             with torch.inference_mode():
                 self._pass()
-        self.stats.waiting = len(self._waiting)
-        self.stats.running = len(self._running())
-        self.stats.blocks_in_use = self.pool.in_use
+        self._count()
         events, self._events = self._events, []
         return events
 

@@ -53,7 +53,10 @@ def create_app(gateway: Gateway) -> FastAPI:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if isinstance(error.body, dict):
-            owner = gateway.access.owner(request)
+            try:
+                owner = gateway.access.owner(request)
+            except Unauthorized as unknown:
+                return await refused(request, unknown)
             await gateway.skip(owner, error.body.get("model_id"), error.body.get("seq_id"))
         return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 

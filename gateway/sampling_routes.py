@@ -91,7 +91,13 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
             result = await gateway.futures.wait(body.request_id, owner, settings.poll_s)
         except NotFound:
             await refuse_lost(owner, body.request_id)
-            raise
+            if not await gateway.lost_operation(owner, body.request_id):
+                raise
+            error = NotFound(
+                f"request {body.request_id} was under way when the server stopped, or its result "
+                "is not kept any more: go on in a new run, from the newest saved state"
+            )
+            result = Result(owner, "error", Answer.error(error).body)
         if result is None:
             return {
                 "type": "try_again",
