@@ -151,9 +151,8 @@ class Store:
         return [_session(row) for row in await self._all(sql, owner)]
 
     async def active_sessions(self) -> list[SessionRow]:
-        return [
-            _session(row) for row in await self._all("SELECT * FROM sessions WHERE status='active'")
-        ]
+        rows = await self._all("SELECT * FROM sessions WHERE status='active'")
+        return [_session(row) for row in rows]
 
     # ---- runs and samplers ----
 
