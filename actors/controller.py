@@ -32,7 +32,7 @@ from ..primitives.types import (
 )
 from .env_worker import EnvWorker
 from .handle import RayHandle
-from .learner import Learner
+from .learner import Learner, parked_folder
 from .registry import Registry
 from .sampler import Sampler
 from .storage import Storage
@@ -230,6 +230,35 @@ class Controller:
     async def get_run(self, run_id: str) -> TrainingRun:
         return self.registry.run(run_id)
 
+    async def park_runs(self) -> None:
+        """Write down all runs in memory, as they are, before the cluster ends."""
+        for (kind, _), task in list(self.started.items()):
+            if kind == "learner":
+                with contextlib.suppress(Unavailable):  # a dead one holds nothing
+                    learner = await asyncio.shield(task)
+                    for run_id in await Op(learner.call("open_runs")):
+                        await Op(learner.call("park", run_id))
+
+    async def reopen_run(self, run_id: str) -> RunGrant:
+        """Go on with a run exactly where it is: in memory, or parked.
+
+        Raises:
+            NotFound: no such run, or it is neither.
+        """
+        run = self.registry.run(run_id)
+        name, path = await self._model(run.base_model)
+        started = self.started.get(("learner", path))
+        if started is not None:
+            with contextlib.suppress(NotFound, Unavailable):
+                learner = await asyncio.shield(started)
+                following = await Op(learner.call("next_seq_id", run_id))
+                return RunGrant(run_id, name, path, learner, following)
+        if not await asyncio.to_thread(self.storage.exists, parked_folder(run_id)):
+            raise NotFound(f"run {run_id!r} is neither in memory nor parked")
+        learner = await self._learner(run.base_model)
+        following = await Op(learner.call("unpark", run_id))
+        return RunGrant(run_id, name, path, learner, following)
+
     async def close_run(self, run_id: str) -> None:
         """Free a run's memory; what is saved of it stays."""
         self.registry.run(run_id)
@@ -237,6 +266,7 @@ class Controller:
             if kind == "learner":
                 with contextlib.suppress(Unavailable):  # a dead one holds nothing
                     await Op((await asyncio.shield(task)).call("close_run", run_id))
+        await asyncio.to_thread(self.storage.delete, parked_folder(run_id))
 
     async def delete_run(self, run_id: str) -> None:
         await self.close_run(run_id)

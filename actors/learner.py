@@ -37,6 +37,12 @@ from .storage import MANIFEST, Storage
 from .threads import set_engine_threads
 
 RESULTS_KEPT = 4096
+PARKED = "state.safetensors"
+
+
+def parked_folder(run_id: str) -> str:
+    """Below the storage root: where a run waits for its learner to be started again."""
+    return f"runs/{run_id}/parked"
 
 
 @dataclass
@@ -133,6 +139,50 @@ class Learner:
 
     async def open_runs(self) -> list[str]:
         return list(self.logs)
+
+    async def next_seq_id(self, run_id: str) -> int:
+        """
+        Raises:
+            NotFound: the run is not open here.
+        """
+        return self._log(run_id).next_seq_id
+
+    async def park(self, run_id: str) -> None:
+        """Write down a run as it is, half-accumulated gradient and all, for `unpark`."""
+        log = self._log(run_id)
+        state = await self._in_engine(self.engine.state, run_id, True)
+        run = self.engine.runs[run_id]
+        manifest = {
+            "lora": asdict(run.config),
+            "version": run.version,
+            "next_seq_id": log.next_seq_id,
+            "publish_steps": log.publish_steps,
+        }
+        files = {
+            PARKED: safetensors.torch.save(state),
+            MANIFEST: json.dumps(manifest, indent=1).encode(),
+        }
+        await asyncio.to_thread(self.storage.write, parked_folder(run_id), files)
+
+    async def unpark(self, run_id: str) -> int:
+        """Open a parked run exactly as it was, its weights published; returns the number of its
+        next operation.
+
+        Raises:
+            NotFound: it is not parked.
+        """
+        folder = parked_folder(run_id)
+        files = await asyncio.to_thread(self.storage.read, folder)
+        manifest, state = json.loads(files[MANIFEST]), safetensors.torch.load(files[PARKED])
+        await self._in_engine(self.engine.create_run, run_id, LoraConfig(**manifest["lora"]))
+        params, version = state.pop("params"), manifest["version"]
+        await self._in_engine(self.engine.load, run_id, params, state, version)
+        log = RunLog(run_id, manifest["next_seq_id"], manifest["publish_steps"])
+        self.logs[run_id] = log
+        self.turn.append(run_id)
+        await (await self._in_engine(self._publication, run_id, False))
+        await asyncio.to_thread(self.storage.delete, folder)
+        return log.next_seq_id
 
     async def take_over(self, run_id: str) -> int | None:
         """Where a new client's operations go on, after all that has arrived; None if the run is

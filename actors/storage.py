@@ -57,16 +57,25 @@ class Storage:
         folder = CheckpointPath.parse(path).folder
         if not self.exists(f"{folder}/{MANIFEST}"):
             raise NotFound(f"no checkpoint {path!r}; list_checkpoints() shows those there are")
-        files = {
+        files = self.read(folder)
+        return files, json.loads(files[MANIFEST])
+
+    def read(self, folder: str) -> dict[str, bytes]:
+        """All files of a folder, by name.
+
+        Raises:
+            NotFound: there is no such folder.
+        """
+        if not self.exists(folder):
+            raise NotFound(f"there is no {folder} in {self.root}")
+        return {
             file.rpartition("/")[2]: self.fs.cat_file(file)
             for file in self.fs.ls(self._path(folder), detail=False)
         }
-        return files, json.loads(files[MANIFEST])
 
     def copy(self, folder: str, target: str) -> None:
         """Copy a whole folder; a reader sees either all of it or nothing."""
-        names = [file.rpartition("/")[2] for file in self.fs.ls(self._path(folder), detail=False)]
-        self.write(target, {n: self.fs.cat_file(f"{self._path(folder)}/{n}") for n in names})
+        self.write(target, self.read(folder))
 
     def delete(self, folder: str) -> None:
         if self.exists(folder):

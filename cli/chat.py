@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.status import Status
@@ -176,15 +175,6 @@ class Chat:
                 show(pieces.push(token.token))
             show(pieces.finish())
         finally:
-            sequence = _sequence(sampled)
+            sequence = SampledSequence.of(sampled)
             answer = conversation.add_turn(sequence)
         return Answer(answer, len(sampled), sequence.stop_reason)
-
-
-def _sequence(sampled: list[SampledToken]) -> SampledSequence:
-    return SampledSequence(
-        np.array([token.token for token in sampled], np.int64),
-        np.array([token.logprob for token in sampled], np.float32),
-        np.array([token.version for token in sampled], np.int32),
-        (sampled[-1].stop_reason if sampled else None) or "length",
-    )

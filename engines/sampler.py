@@ -107,6 +107,7 @@ class SamplerStats:
     running: int = 0
     blocks_in_use: int = 0
     num_blocks: int = 0
+    block_size: int = 0  # tokens
 
 
 class SamplerEngine:
@@ -153,7 +154,7 @@ class SamplerEngine:
         )
         self.adapters = AdapterStore()
         self.end_tokens = _end_tokens(backbone, tokenizer)
-        self.stats = SamplerStats(num_blocks=num_blocks)
+        self.stats = SamplerStats(num_blocks=num_blocks, block_size=block_size)
         self._numbers = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._prompting: list[_Request] = []
@@ -265,6 +266,12 @@ class SamplerEngine:
             if entry.number == number:
                 self._free(entry)
         self._events = [event for event in self._events if event.request != number]
+        self._count()
+
+    def _count(self) -> None:
+        self.stats.waiting = len(self._waiting)
+        self.stats.running = len(self._running())
+        self.stats.blocks_in_use = self.pool.in_use
 
     def fail_all(self, error: BaseException) -> None:
         """After a step that raised: every request under way gets the error."""
@@ -290,9 +297,7 @@ class SamplerEngine:
         if self._prompting or self._drawing:
             with torch.inference_mode():
                 self._pass()
-        self.stats.waiting = len(self._waiting)
-        self.stats.running = len(self._running())
-        self.stats.blocks_in_use = self.pool.in_use
+        self._count()
         events, self._events = self._events, []
         return events
 
@@ -598,7 +603,8 @@ class SamplerEngine:
         elif len(s.logprobs) == entry.max_tokens:
             s.stop_reason = "length"
         if entry.streaming:
-            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason)
+            top = tuple(zip(*(a.tolist() for a in s.top[-1]), strict=True)) if s.top else ()
+            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason, top)
             self._events.append(Event(entry.number, token=drawn))
         if s.stop_reason is None:
             return

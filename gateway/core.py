@@ -156,10 +156,10 @@ class Gateway:
         if waiting:
             await asyncio.wait(waiting, timeout=self.settings.session_timeout_s)
         for run in session.runs.values():
-            if run.grant is not None:
-                run.grant = None
-                with contextlib.suppress(TinsmithError):
-                    await Op(self.controller.call("close_run", run.row.run_id))
+            run.grant = None
+        for row in await self.store.runs(session.owner, session.session_id):
+            with contextlib.suppress(TinsmithError):
+                await Op(self.controller.call("close_run", row.run_id))
         paths = {s.row.model_path: s for s in session.samplers.values() if s.row.model_path}
         for path, sampler in paths.items():
             shared = any(
@@ -231,7 +231,8 @@ class Gateway:
         row = await self.store.run(run_id)
         if row is None or row.owner != owner:
             raise NotFound(f"no training run {run_id!r}")
-        return Run(row, None)
+        session = await self.session(owner, row.session_id)
+        return session.runs.setdefault(run_id, Run(row, None))
 
     async def training_run(self, run_id: str) -> Any:
         return await Op(self.service.get_training_run(run_id).future)
@@ -254,8 +255,9 @@ class Gateway:
             Busy: too many bytes wait already.
             InvalidInput: `seq_id` is below 1.
         """
-        self._refuse_while_draining()
         run_id = run.row.run_id
+        if not (run.pending and seq_id < max(run.pending)):  # what waits needs what comes before
+            self._refuse_while_draining()
         if seq_id < 1:
             raise InvalidInput(f"seq_id must be at least 1, got {seq_id}")
         request_id = operation_id(run_id, seq_id)
@@ -287,13 +289,25 @@ class Gateway:
         self._pending_bytes -= run.pending.pop(seq_id, 0)
 
     async def _run_grant(self, run: Run) -> RunGrant:
-        if run.grant is None:
-            raise NotFound(
-                f"run {run.row.run_id} is no longer in memory: its session ended, or the server "
-                "was started again; create_training_client_from_state_with_optimizer(path) goes "
-                "on from a saved state"
-            )
-        return await asyncio.shield(run.grant)
+        """
+        Raises:
+            NotFound: the run is not in memory any more.
+        """
+        session = await self.session(run.row.owner, run.row.session_id)
+        if run.grant is None and session.active:
+            # Of before a restart: the cluster may have it still, or have parked it.
+            run.grant = asyncio.wrap_future(self.controller.call("reopen_run", run.row.run_id))
+        grant = run.grant
+        try:
+            if grant is not None:
+                return await asyncio.shield(grant)
+        except NotFound:
+            run.grant = None
+        raise NotFound(
+            f"run {run.row.run_id} is no longer in memory: its session ended, or the server went "
+            "down; create_training_client_from_state_with_optimizer(path) goes on from a "
+            "saved state"
+        )
 
     async def skip(self, owner: str, run_id: Any, seq_id: Any) -> None:
         """Count an operation that was refused as done: its client has moved on."""
@@ -414,6 +428,10 @@ class Gateway:
                     raise
         raise AssertionError("unreachable")
 
+    def used(self, model: str) -> None:
+        """Keep a base model loaded for a while."""
+        self._used[model] = time.monotonic()
+
     # ---- checkpoints ----
 
     async def checkpoint(self, owner: str, path: str, *, own: bool = False) -> Checkpoint:
@@ -459,6 +477,9 @@ class Gateway:
     async def keep_house(self) -> None:
         """Until cancelled: end lapsed sessions, unload idle models, forget what is too old."""
         pause = min(self.settings.session_timeout_s / 4, 30.0)
+        for row in await self.store.active_sessions():  # whose clients may be back, or not
+            session = Session(row.session_id, row.owner, True, time.monotonic())
+            self._sessions.setdefault(row.session_id, session)
         while True:
             await asyncio.sleep(pause)
             try:
@@ -482,9 +503,12 @@ class Gateway:
         await self.store.forget_sequences(time.time() - SEQUENCES_KEPT_S)
 
     async def drain(self) -> None:
-        """Take nothing new, and finish what is under way."""
+        """Take nothing new, finish what is under way, and write down the runs, so that their
+        clients can go on when the server is started again."""
         self.draining = True
         await self.futures.drain()
+        if self.service.owns_cluster:
+            await Op(self.controller.call("park_runs"))
 
 
 def operation_id(run_id: str, seq_id: int) -> str:

@@ -18,6 +18,7 @@ from .wire import fill_csr
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 SeqId = Annotated[int, Field(ge=0, lt=1 << 62)]
 Metadata = dict[str, Any]
+MAX_RANK = 4096
 
 
 class Body(BaseModel):
@@ -53,6 +54,12 @@ class Lora(Body):
     train_attn: bool = True
 
     def config(self) -> LoraConfig:
+        """
+        Raises:
+            InvalidInput: settings that cannot be, or a rank that would fill the server's memory.
+        """
+        if self.rank > MAX_RANK:
+            raise InvalidInput(f"rank must be at most {MAX_RANK}, got {self.rank}")
         return LoraConfig(
             rank=self.rank,
             seed=self.seed,
@@ -196,7 +203,7 @@ class Tensor(Body):
 
     data: list[int] | list[float]
     dtype: Literal["int64", "float32"]
-    shape: list[Annotated[int, Field(ge=0)]] | None = None
+    shape: list[Annotated[int, Field(ge=0, lt=1 << 31)]] | None = None
     sparse_crow_indices: list[int] | None = None
     sparse_col_indices: list[int] | None = None
 

@@ -91,7 +91,7 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
             result = await gateway.futures.wait(body.request_id, owner, settings.poll_s)
         except NotFound:
             await refuse_lost(owner, body.request_id)
-            raise
+            return await lost_operation(owner, body.request_id)
         if result is None:
             return {
                 "type": "try_again",
@@ -109,6 +109,18 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
         row = await gateway.store.sampler(sampler_id)
         if row is not None and row.owner == owner and number.isdigit():
             raise Lost(f"request {request_id} was lost when the server stopped: sample again")
+
+    async def lost_operation(owner: str, request_id: str) -> dict[str, Any]:
+        """
+        Raises:
+            NotFound: no run of this owner could have been asked.
+        """
+        run_id = request_id.partition(":op:")[0].removesuffix(":create")
+        row = await gateway.store.run(run_id)
+        if row is None or row.owner != owner:
+            raise NotFound(f"no request {request_id!r}")
+        message = f"request {request_id} was under way when the server went down"
+        return {"error": message, "category": "server"}
 
     @router.post("/retrieve_futures")
     async def retrieve_futures(request: Request, body: RetrieveFutures) -> dict[str, Any]:

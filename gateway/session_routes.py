@@ -78,6 +78,13 @@ def session_routes(gateway: Gateway) -> APIRouter:
         await gateway.end_session(session, body.reason.type, body.detail)
         return {"status": "ok"}
 
+    @router.get("/auth/apikey/me")
+    async def whose_key(request: Request) -> dict[str, Any]:
+        """What `tinker auth login` asks about the key that it is given."""
+        owner = gateway.access.owner(request)
+        details = {"org_details": {"name": "tinsmith"}, "user_details": {"email": owner}}
+        return {"key_id": 0, "name": owner, "note": "", "details": details}
+
     @router.post("/telemetry")
     async def telemetry(request: Request) -> dict[str, str]:
         """Accepted and dropped."""

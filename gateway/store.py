@@ -150,6 +150,11 @@ class Store:
         sql = "SELECT * FROM sessions WHERE owner=? ORDER BY created DESC, rowid DESC"
         return [_session(row) for row in await self._all(sql, owner)]
 
+    async def active_sessions(self) -> list[SessionRow]:
+        return [
+            _session(row) for row in await self._all("SELECT * FROM sessions WHERE status='active'")
+        ]
+
     # ---- runs and samplers ----
 
     async def add_run(self, row: RunRow) -> None:

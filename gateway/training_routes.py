@@ -23,14 +23,13 @@ from .futures import Answer
 from .provenance import with_recorded
 from .requests import CreateModel, LoadWeights, Lora, ModelRef, OptimStep, SaveWeights
 from .wire import (
+    PLACE_BYTES,
     TrainingRequest,
     decompress,
     place_in_log,
     read_training_request,
     write_training_output,
 )
-
-PLACE_BYTES = 4096
 
 
 def training_routes(gateway: Gateway) -> APIRouter:

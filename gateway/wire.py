@@ -31,6 +31,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 _PROTO_DTYPES = {"f": pb.DTYPE_FLOAT32, "i": pb.DTYPE_INT64}
 _STOP_REASONS = {"stop": pb.STOP_REASON_STOP, "length": pb.STOP_REASON_LENGTH}
 EMPTY_LOGPROB = -99999.0
+PLACE_BYTES = 4096  # at the head of a request, compressed or not, that tell its place in a log
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def place_in_log(head: bytes, encoding: str | None) -> tuple[str, int] | None:
     unread: they are its first fields. None where they are not."""
     if encoding == "zstd":
         try:
-            head = zstandard.ZstdDecompressor().decompressobj().decompress(head)
+            with zstandard.ZstdDecompressor().stream_reader(head) as reader:
+                head = reader.read(PLACE_BYTES)  # and no more: it may be a bomb
         except zstandard.ZstdError:
             return None
     try:
@@ -189,8 +191,8 @@ def _from_bytes(data: bytes, dtype: np.dtype) -> np.ndarray:
 def read_tensor(message: pb.Tensor, budget: _Budget) -> np.ndarray:
     """The dense array; unlisted entries of a sparse one are 0."""
     shape = tuple(message.shape)
-    if len(shape) > 2 or any(size < 0 for size in shape):
-        raise InvalidInput(f"shape {list(shape)}: only one or two dimensions are supported")
+    if len(shape) > 2 or any(not 0 <= size < 1 << 31 for size in shape):
+        raise InvalidInput(f"shape {list(shape)} is not one of one or two dimensions")
     if message.dtype not in _DTYPES:
         raise InvalidInput(f"unknown dtype {message.dtype}")
     dtype = _DTYPES[message.dtype]
@@ -227,7 +229,7 @@ def fill_csr(
             f"sparse rows: {len(rows)} row pointers for {height} rows, {len(columns)} columns "
             f"for {len(values)} values"
         )
-    if rows[0] != 0 or rows[-1] != len(values) or (np.diff(rows) < 0).any():
+    if rows[0] != 0 or rows[-1] != len(values) or (rows[1:] < rows[:-1]).any():
         raise InvalidInput("sparse rows: the row pointers do not count up to the values")
     if len(columns) and (columns.min() < 0 or columns.max() >= width):
         raise InvalidInput(f"sparse rows: a column is outside [0, {width})")

@@ -143,11 +143,19 @@ class SamplingClient(HasSync):
         prompt: TokensLike,
         num_samples: int = 1,
         sampling_params: SamplingParams | None = None,
+        *,
+        topk_sample_logprobs: int = 0,
     ) -> AsyncIterator[SampledToken]:
-        """Sample, yielding each token as it is drawn. Leaving the loop withdraws the request."""
+        """Sample, yielding each token as it is drawn, with the K likeliest tokens if
+        `topk_sample_logprobs=K`. Leaving the loop withdraws the request."""
         grant = await Op(self._grant)
-        params = sampling_params or SamplingParams()
-        request = SampleRequest(token_array(prompt, "prompt"), params, grant.policy, num_samples)
+        request = SampleRequest(
+            token_array(prompt, "prompt"),
+            sampling_params or SamplingParams(),
+            grant.policy,
+            num_samples,
+            topk_sample_logprobs=topk_sample_logprobs,
+        )
         stream = grant.sampler.stream("stream", request)
         try:
             async for token in stream:
@@ -494,12 +502,18 @@ class EnvClient(HasSync):
 
 class ServiceClient(HasSync):
     """The way in, made by `tinsmith.connect()`. `home` is where the service keeps its files,
-    `controller` what this client and other front doors (the gateway) call."""
+    `controller` what this client and other front doors (the gateway) call, and `owns_cluster`
+    whether closing it ends the cluster."""
 
     def __init__(
-        self, controller: Handle, home: str, on_close: Callable[[], None] | None = None
+        self,
+        controller: Handle,
+        home: str,
+        on_close: Callable[[], None] | None = None,
+        owns_cluster: bool = False,
     ) -> None:
         self.home = home
+        self.owns_cluster = owns_cluster
         self.controller = controller
         self._on_close = on_close
 
