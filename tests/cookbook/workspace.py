@@ -51,6 +51,9 @@ def make_workspace(folder: Path) -> dict[str, str]:
     pages = [{"text": f"Page {i} is about the fox, and about {i} dogs."} for i in range(400)]
     dataset(folder / "Salesforce/wikitext", "wikitext-103-raw-v1", train=pages)
     jsonl(folder / "chats.jsonl", chats)
+    texts = folder / "tinker_cookbook/example_data/multilingual.txt"
+    texts.parent.mkdir(parents=True)
+    texts.write_text("the fox and the dog\nle renard et le chien\n")
     jsonl(folder / "rubrics.jsonl", [rubric(i) for i in range(8)])
     return dict.fromkeys(MODELS, model)
 
