@@ -54,11 +54,26 @@ class Session:
 @dataclass(eq=False)
 class Run:
     """A training run: `grant` is None where it is not in a learner's memory any more.
-    `pending` holds the bytes of the operations under way, by number."""
+    `pending` holds the bytes of the operations under way, by number; all up to `arrived` have come,
+    and those in `early` before their turn."""
 
     row: RunRow
     grant: asyncio.Future[RunGrant] | None
     pending: dict[int, int] = field(default_factory=dict)
+    arrived: int = 0
+    early: set[int] = field(default_factory=set)
+
+    def arrive(self, seq_id: int) -> None:
+        if seq_id > self.arrived:
+            self.early.add(seq_id)
+        while self.arrived + 1 in self.early:
+            self.arrived += 1
+            self.early.discard(self.arrived)
+
+    @property
+    def moving(self) -> bool:
+        """Whether something under way will be done without more to come."""
+        return any(seq_id <= self.arrived for seq_id in self.pending)
 
 
 @dataclass(eq=False)
@@ -263,10 +278,11 @@ class Gateway:
         if seq_id < 1:
             raise InvalidInput(f"seq_id must be at least 1, got {seq_id}")
         request_id = operation_id(run_id, seq_id)
-        # What comes first in its run is always let in, or a full queue could never empty.
-        ahead = run.pending and min(run.pending) < seq_id
-        if ahead and self._pending_bytes + size > self.settings.max_pending_bytes:
+        # Clients send the first part of a batch when all others are in: while a run waits for a
+        # number, refusing the next would be for good.
+        if run.moving and self._pending_bytes + size > self.settings.max_pending_bytes:
             raise Busy("too much training data is waiting: try again in a moment")
+        run.arrive(seq_id)
 
         async def apply() -> Answer:
             grant = await self._run_grant(run)
@@ -302,7 +318,9 @@ class Gateway:
         grant = run.grant
         try:
             if grant is not None:
-                return await asyncio.shield(grant)
+                granted = await asyncio.shield(grant)
+                run.arrived = max(run.arrived, granted.next_seq_id - 1)
+                return granted
         except NotFound:
             run.grant = None
         raise NotFound(
@@ -318,6 +336,7 @@ class Gateway:
         with contextlib.suppress(TinsmithError):
             run = await self.run(owner, run_id)
             grant = await self._run_grant(run)
+            run.arrive(seq_id)
             grant.learner.call("submit", run_id, seq_id, "skip", {})
 
     # ---- samplers ----
