@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,8 +31,8 @@ from ..primitives.types import (
     PublishResponse,
     SaveResponse,
     TrainingInfo,
-    expiry,
 )
+from ..primitives.validation import check_ttl
 from .storage import MANIFEST, Storage
 from .threads import set_engine_threads
 
@@ -86,7 +86,6 @@ class Learner:
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.finishing: set[asyncio.Task[None]] = set()
-        self.saving: set[CheckpointPath] = set()
         self.writing = asyncio.Lock()
         self.wake = asyncio.Event()
         self.pump: asyncio.Task[None] | None = None
@@ -137,9 +136,6 @@ class Learner:
         self.turn.append(run_id)
         return next_seq_id
 
-    async def open_runs(self) -> list[str]:
-        return list(self.logs)
-
     async def next_seq_id(self, run_id: str) -> int:
         """
         Raises:
@@ -162,7 +158,9 @@ class Learner:
             PARKED: safetensors.torch.save(state),
             MANIFEST: json.dumps(manifest, indent=1).encode(),
         }
-        await asyncio.to_thread(self.storage.write, parked_folder(run_id), files)
+        folder = parked_folder(run_id)
+        staged = await asyncio.to_thread(self.storage.stage, folder, files)
+        await asyncio.to_thread(self.storage.commit, staged, folder)
 
     async def unpark(self, run_id: str) -> int:
         """Open a parked run exactly as it was, its weights published; returns the number of its
@@ -207,9 +205,14 @@ class Learner:
             if not entry.future.done():
                 entry.future.set_exception(NotFound(f"run {run_id} was closed"))
         await self._in_engine(self.engine.drop_run, run_id)
-        if self.sampler is not None:
-            with contextlib.suppress(Unavailable):  # a dead one holds nothing
-                await Op(self.sampler.call("drop_run", run_id))
+        async with log.publishing:  # what is on its way to the sampler arrives before it is dropped
+            if self.sampler is not None:
+                with contextlib.suppress(Unavailable):  # a dead one holds nothing
+                    await Op(self.sampler.call("drop_run", run_id))
+
+    async def settle(self) -> None:
+        """Wait until what is being saved is saved."""
+        await self._settle_writes()
 
     # ---- the log ----
 
@@ -395,15 +398,12 @@ class Learner:
     def _save(
         self,
         path: CheckpointPath,
-        user_metadata: dict[str, Any],
+        user_metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
-        ttl_seconds: float | None = None,
+        ttl_seconds: int | None = None,
     ) -> Coroutine[Any, Any, SaveResponse]:
-        expires = expiry(ttl_seconds)
-        taken = path in self.saving or self.storage.exists(path.folder)
-        if taken and not overwrite:
-            raise InvalidInput(f"{path} exists already; take another name, or overwrite=True")
-        self.saving.add(path)
+        check_ttl(ttl_seconds)
+        metadata = dict(user_metadata or {})
         run = self.engine.runs[path.run_id]
         if path.kind == "weights":
             state = self.engine.state(path.run_id)
@@ -414,35 +414,34 @@ class Learner:
             "base_model": self.base_model,
             "lora": asdict(run.config),
             "version": version,
-            "user_metadata": user_metadata,
+            "user_metadata": metadata,
         }
 
-        def write() -> Checkpoint:
+        def write() -> tuple[Checkpoint, str]:
             params = state.pop("params")
             files = adapter_files.write_adapter(layout, params, self.base_model)
             if state:
                 files["optimizer.safetensors"] = safetensors.torch.save(state)
             files[MANIFEST] = json.dumps(manifest, indent=1).encode()
-            size = self.storage.write(path.folder, files)
-            return Checkpoint(
+            staged, now = self.storage.stage(path.folder, files), time.time()
+            checkpoint = Checkpoint(
                 str(path),
                 path.run_id,
                 path.kind,
                 path.name,
                 version,
-                time.time(),
-                size,
-                user_metadata,
-                expires,
+                now,
+                sum(map(len, files.values())),
+                metadata,
+                None if ttl_seconds is None else now + ttl_seconds,
             )
+            return checkpoint, staged
 
         async def save() -> SaveResponse:
             async with self.writing:  # in order: of two saves by one name the later one stays
-                try:
-                    checkpoint = await asyncio.to_thread(write)
-                finally:
-                    self.saving.discard(path)
-                await Op(self.controller.call("record_checkpoint", checkpoint))
+                checkpoint, staged = await asyncio.to_thread(write)
+                # The controller alone gives out names: saving, copying and deleting cannot collide.
+                await Op(self.controller.call("add_checkpoint", checkpoint, staged, overwrite))
             return SaveResponse(str(path))
 
         return save()

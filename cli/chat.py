@@ -14,10 +14,10 @@ from rich.status import Status
 
 from ..envs.renderer import ChatRenderer, Conversation
 from ..envs.text_stream import TextStream
-from ..primitives.errors import InvalidInput, NotFound, TinsmithError
+from ..primitives.errors import InvalidInput, TinsmithError
 from ..primitives.paths import SCHEME
 from ..primitives.types import Message, SampledSequence, SampledToken, SamplingParams, StopReason
-from .lookup import find_run, open_registry
+from .lookup import find_checkpoint
 from .options import Address, AsJson, Home, print_json
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def chat(
         raise InvalidInput("give either a run or --base MODEL")
     if as_json and once is None:
         raise InvalidInput("--json goes with --once")
-    source = base or _checkpoint(str(run), home)
+    source = base or find_checkpoint(str(run), home)
     params = SamplingParams(max_tokens, temperature=temperature, seed=seed)
     with asyncio.Runner() as runner:
         service = runner.run(_connect(address, home))
@@ -66,18 +66,6 @@ def chat(
         print_json({"model": source, **asdict(answer)})
     else:
         print()
-
-
-def _checkpoint(run: str, home: Path) -> str:
-    """The `tinker://` path of what the user calls a run."""
-    if run.startswith(SCHEME):
-        return run
-    registry = open_registry(home)
-    run_id = find_run(registry, run).run_id
-    checkpoints = registry.checkpoints(run_id)
-    if not checkpoints:
-        raise NotFound(f"run {run_id!r} has no checkpoint to talk to")
-    return checkpoints[0].path
 
 
 async def _connect(address: str | None, home: Path) -> ServiceClient:

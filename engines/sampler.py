@@ -266,7 +266,7 @@ class SamplerEngine:
             if entry.number == number:
                 self._free(entry)
         self._events = [event for event in self._events if event.request != number]
-        self._count()
+        self._count()  # there may be no step after this one
 
     def _count(self) -> None:
         self.stats.waiting = len(self._waiting)

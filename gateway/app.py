@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,6 +12,7 @@ from fastapi.responses import JSONResponse
 
 from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity, TinsmithError, Unavailable
 from .access import Unauthorized
+from .body_limit import BodyLimit
 from .core import Busy, Gateway
 from .openai import openai_router
 from .policies import GatewayPolicies
@@ -21,7 +21,6 @@ from .sampling_routes import Lost, sampling_routes
 from .session_routes import Gone, session_routes
 from .training_routes import training_routes
 
-Message = MutableMapping[str, Any]
 # Clients send again what was answered with 408, 409, 429 or 5xx: none of these for a user's error.
 STATUS = {
     Unauthorized: 401,
@@ -57,37 +56,12 @@ def create_app(gateway: Gateway) -> FastAPI:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if isinstance(error.body, dict):
-            owner = gateway.access.owner(request)
+            try:
+                owner = gateway.access.owner(request)
+            except Unauthorized as unknown:
+                return await refused(request, unknown)
             await gateway.skip(owner, error.body.get("model_id"), error.body.get("seq_id"))
         return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
     app.add_middleware(BodyLimit, max_bytes=gateway.settings.max_body_bytes)
     return app
-
-
-class BodyLimit:
-    """Refuses a request whose body is larger than `max_bytes`, however it is sent."""
-
-    def __init__(self, app: Any, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(
-        self,
-        scope: Message,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        left = self.max_bytes
-
-        async def limited() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise OutOfCapacity(f"the request is larger than {self.max_bytes} bytes")
-            return message
-
-        await self.app(scope, limited, send)

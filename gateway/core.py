@@ -13,7 +13,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ class Gateway:
         self.draining = False
         self._sessions: dict[str, Session] = {}
         self._used: dict[str, float] = {}
-        self._sampling: Counter[str] = Counter()
+        self._in_use: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pending_bytes = 0
 
@@ -111,11 +111,9 @@ class Gateway:
             row = await self.store.session(session_id)
             if row is None:
                 raise NotFound(f"no session {session_id!r}")
-            # Of before a restart: its client may be back any moment.
-            session = self._sessions.setdefault(
-                session_id,
-                Session(session_id, row.owner, row.status == "active", time.monotonic()),
-            )
+            session = Session(session_id, row.owner, row.status == "active", time.monotonic())
+            if session.active:  # of before a restart: its client is back
+                session = self._sessions.setdefault(session_id, session)
         if session.owner != owner:
             raise NotFound(f"no session {session_id!r}")
         return session
@@ -171,6 +169,8 @@ class Gateway:
             if sampler.grant is not None and not shared:
                 with contextlib.suppress(TinsmithError):
                     await Op((await sampler.grant).sampler.call("drop_run", path))
+        for sampler_id in session.samplers:
+            self.completions.forget(sampler_id)
         self._sessions.pop(session.session_id, None)
 
     # ---- runs ----
@@ -202,18 +202,20 @@ class Gateway:
             assert base_model is not None
             row = RunRow(run_id, session.session_id, session.owner, base_model)
             known_as = await self.models.resolve(base_model)
-            call = self.controller.call(
-                "create_run", run_id, known_as, lora, path, optimizer, user_metadata
-            )
-            run = Run(row, asyncio.wrap_future(call))
-            grant = await asyncio.shield(run.grant)  # type: ignore[arg-type]
+            with self._using(known_as):
+                call = self.controller.call(
+                    "create_run", run_id, known_as, lora, path, optimizer, user_metadata
+                )
+                run = Run(row, asyncio.wrap_future(call))
+                await asyncio.shield(run.grant)  # type: ignore[arg-type]
             await self.store.add_run(row)
+            if not session.active:  # ended meanwhile, and does not know of it
+                await Op(self.controller.call("close_run", run_id))
+                raise NotFound(f"session {session.session_id} ended before its run was there")
             session.runs[run_id] = run
-            self._used[known_as] = time.monotonic()
             answer = {"model_id": run_id}
             if path is None:
                 return Answer.json({"type": "create_model", **answer})
-            del grant
             return Answer.json({"type": "load_weights", "path": path, **answer})
 
         await self.futures.begin(request_id, session.owner, create)
@@ -255,9 +257,9 @@ class Gateway:
             Busy: too many bytes wait already.
             InvalidInput: `seq_id` is below 1.
         """
+        if not run.pending or seq_id > max(run.pending):
+            self._refuse_while_draining()  # but let in what others wait for
         run_id = run.row.run_id
-        if not (run.pending and seq_id < max(run.pending)):  # what waits needs what comes before
-            self._refuse_while_draining()
         if seq_id < 1:
             raise InvalidInput(f"seq_id must be at least 1, got {seq_id}")
         request_id = operation_id(run_id, seq_id)
@@ -382,7 +384,10 @@ class Gateway:
         return session, session.samplers.setdefault(sampler_id, Sampler(row))
 
     async def _ready(self, sampler: Sampler) -> None:
-        with contextlib.suppress(TinsmithError):  # whoever samples is told
+        with (
+            contextlib.suppress(TinsmithError),  # whoever samples is told
+            self._using(await self.models.resolve(sampler.row.base_model)),
+        ):
             await self._sampler_grant(sampler)
 
     async def _sampler_grant(self, sampler: Sampler) -> SamplerGrant:
@@ -405,13 +410,8 @@ class Gateway:
 
     async def sample(self, sampler: Sampler, name: str, request: SampleRequest) -> SampleResponse:
         """Sample; being cancelled withdraws the request. A sampler that died is replaced."""
-        model = await self.models.resolve(sampler.row.base_model)
-        self._sampling[model] += 1
-        try:
+        with self._using(await self.models.resolve(sampler.row.base_model)):
             return await self._sample(sampler, name, request)
-        finally:
-            self._sampling[model] -= 1
-            self._used[model] = time.monotonic()
 
     async def _sample(self, sampler: Sampler, name: str, request: SampleRequest) -> SampleResponse:
         for last in (False, True):
@@ -458,6 +458,23 @@ class Gateway:
 
     # ---- upkeep ----
 
+    @contextlib.contextmanager
+    def _using(self, model: str) -> Iterator[None]:
+        """Keep a model, which may take long to load, from being unloaded meanwhile."""
+        self._in_use[model] += 1
+        try:
+            yield
+        finally:
+            self._in_use[model] -= 1
+            self._used[model] = time.monotonic()
+
+    async def lost_operation(self, owner: str, request_id: str) -> bool:
+        """Whether this could be an operation (or the creation) of a run of this owner's that was
+        under way when the server stopped."""
+        run_id, _, _ = request_id.removesuffix(":create").partition(":op:")
+        session = await self.store.session(run_id.partition(":")[0])
+        return session is not None and session.owner == owner and ":train:" in run_id
+
     def _settled(self, request_id: str, result: Result) -> None:
         sampler_id, _, seq_id = request_id.rpartition(":")
         session = self._sessions.get(request_id.partition(":")[0])
@@ -476,8 +493,8 @@ class Gateway:
 
     async def keep_house(self) -> None:
         """Until cancelled: end lapsed sessions, unload idle models, forget what is too old."""
-        pause = min(self.settings.session_timeout_s / 4, 30.0)
-        for row in await self.store.active_sessions():  # whose clients may be back, or not
+        pause = min(self.settings.session_timeout_s / 4, self.settings.idle_unload_s / 4, 30.0)
+        for row in await self.store.active_sessions():  # of before a restart: some may be back
             session = Session(row.session_id, row.owner, True, time.monotonic())
             self._sessions.setdefault(row.session_id, session)
         while True:
@@ -494,12 +511,13 @@ class Gateway:
                 log.info("session %s sent no heartbeat: letting it go", session.session_id)
                 await self.end_session(session, "expired")
         for model, used in list(self._used.items()):
-            if now - used < self.settings.idle_unload_s or self._sampling[model]:
+            if now - used < self.settings.idle_unload_s or self._in_use[model]:
                 continue
             if await Op(self.controller.call("unload", model)):
                 log.info("base model %s unloaded after %.0f s idle", model, now - used)
                 self._used.pop(model, None)
-        await self.store.forget_results(time.time() - self.settings.keep_results_s)
+        oldest = time.time() - self.settings.keep_results_s
+        await self.store.forget_results(oldest, self.settings.keep_results_bytes)
         await self.store.forget_sequences(time.time() - SEQUENCES_KEPT_S)
 
     async def drain(self) -> None:

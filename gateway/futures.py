@@ -97,7 +97,11 @@ class Futures:
                 log.warning("request %s failed", request_id, exc_info=error)
             answer = Answer.error(error)
         result = Result(owner, answer.kind, answer.body)
-        await self._store.add_result(request_id, result)
+        try:
+            await self._store.add_result(request_id, result)
+        except Exception:
+            # Whoever waits gets it all the same; after that it cannot be asked for again.
+            log.exception("the result of request %s could not be kept", request_id)
         self._pending.pop(request_id, None)
         self._on_settled(request_id, result)
         return result

@@ -286,10 +286,15 @@ class SetTtl(Body):
     ttl_seconds: int | None = None
 
 
+class StatusQuery(Body):
+    type: str = ""
+    reasons: list[str] | None = None
+
+
 class SearchSessions(Body):
     session_id: str | None = None
     display_name: str | None = None
     user_metadata: Metadata = {}
     limit: Annotated[int, Field(ge=1, le=200)] = 50
     cursor: dict[str, Any] | None = None
-    statuses: list[dict[str, Any]] | None = None
+    statuses: list[StatusQuery] | None = None

@@ -184,8 +184,10 @@ def rest_routes(gateway: Gateway) -> APIRouter:
     async def signed_file(ticket: str, run_id: str, kind: Kind, name: str, file: str) -> Response:
         path = str(CheckpointPath(run_id, kind, name))
         expires, _, given = ticket.partition(".")
-        good = expires.isdecimal() and hmac.compare_digest(
-            given.encode(), signature(path, file, int(expires)).encode()
+        good = (
+            len(expires) < 16
+            and expires.isdecimal()
+            and hmac.compare_digest(given.encode(), signature(path, file, int(expires)).encode())
         )
         if not good or int(expires) < time.time():
             raise NotFound("this address is not valid, or not any more: ask for new ones")
@@ -364,9 +366,7 @@ def _matches(row: SessionRow, wanted: SearchSessions) -> bool:
     status = _status(row)
     return wanted.statuses is None or any(
         status is not None
-        and status["type"] == query.get("type")
-        and (
-            query.get("reasons") is None or status.get("reason", {}).get("type") in query["reasons"]
-        )
+        and status["type"] == query.type
+        and (query.reasons is None or status.get("reason", {}).get("type") in query.reasons)
         for query in wanted.statuses
     )

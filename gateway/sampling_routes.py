@@ -91,7 +91,13 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
             result = await gateway.futures.wait(body.request_id, owner, settings.poll_s)
         except NotFound:
             await refuse_lost(owner, body.request_id)
-            return await lost_operation(owner, body.request_id)
+            if not await gateway.lost_operation(owner, body.request_id):
+                raise
+            error = NotFound(
+                f"request {body.request_id} was under way when the server stopped, or its result "
+                "is not kept any more: go on in a new run, from the newest saved state"
+            )
+            result = Result(owner, "error", Answer.error(error).body)
         if result is None:
             return {
                 "type": "try_again",
@@ -110,22 +116,14 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
         if row is not None and row.owner == owner and number.isdigit():
             raise Lost(f"request {request_id} was lost when the server stopped: sample again")
 
-    async def lost_operation(owner: str, request_id: str) -> dict[str, Any]:
-        """
-        Raises:
-            NotFound: no run of this owner could have been asked.
-        """
-        run_id = request_id.partition(":op:")[0].removesuffix(":create")
-        row = await gateway.store.run(run_id)
-        if row is None or row.owner != owner:
-            raise NotFound(f"no request {request_id!r}")
-        message = f"request {request_id} was under way when the server went down"
-        return {"error": message, "category": "server"}
-
     @router.post("/retrieve_futures")
     async def retrieve_futures(request: Request, body: RetrieveFutures) -> dict[str, Any]:
         owner = gateway.access.owner(request)
         await gateway.sampler(owner, body.target.sampling_session_id)
+        prefix = f"{body.target.sampling_session_id}:"
+        done = [name for name in body.retrieved_request_ids if name.startswith(prefix)]
+        if done:
+            await gateway.store.drop_results(owner, done)
         wait = settings.poll_s if body.timeout is None else body.timeout
         completions, cursor = await gateway.completions.wait(
             body.target.sampling_session_id,

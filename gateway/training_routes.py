@@ -18,13 +18,14 @@ from ..primitives.types import (
     PublishResponse,
     SaveResponse,
 )
+from .body_limit import TooLarge
 from .core import Gateway, Run
 from .encryption import recipients_metadata
 from .futures import Answer
 from .provenance import with_recorded
 from .requests import CreateModel, LoadWeights, Lora, ModelRef, OptimStep, SaveWeights
 from .wire import (
-    PLACE_BYTES,
+    HEAD_BYTES,
     TrainingRequest,
     decompress,
     place_in_log,
@@ -131,8 +132,10 @@ def training_routes(gateway: Gateway) -> APIRouter:
             async for chunk in request.stream():
                 body += chunk
             return decompress(bytes(body), encoding, settings.max_decoded_bytes)
-        except OutOfCapacity:
-            place = place_in_log(bytes(body[:PLACE_BYTES]), encoding)
+        except (OutOfCapacity, TooLarge) as error:
+            if isinstance(error, TooLarge):
+                body += error.part
+            place = place_in_log(bytes(body[:HEAD_BYTES]), encoding)
             if place is not None:
                 await gateway.skip(owner, *place)
             raise

@@ -31,7 +31,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 _PROTO_DTYPES = {"f": pb.DTYPE_FLOAT32, "i": pb.DTYPE_INT64}
 _STOP_REASONS = {"stop": pb.STOP_REASON_STOP, "length": pb.STOP_REASON_LENGTH}
 EMPTY_LOGPROB = -99999.0
-PLACE_BYTES = 4096  # at the head of a request, compressed or not, that tell its place in a log
+HEAD_BYTES = 1 << 18  # of a request, that tell its place in a log: more than one block of zstd
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def place_in_log(head: bytes, encoding: str | None) -> tuple[str, int] | None:
     if encoding == "zstd":
         try:
             with zstandard.ZstdDecompressor().stream_reader(head) as reader:
-                head = reader.read(PLACE_BYTES)  # and no more: it may be a bomb
+                head = reader.read(1024)  # and no more: it may be a bomb
         except zstandard.ZstdError:
             return None
     try:

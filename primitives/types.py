@@ -5,7 +5,6 @@ Dimension names: T tokens of one sequence, K alternatives per token, V vocabular
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -18,7 +17,6 @@ Message: TypeAlias = dict[str, Any]
 """A chat message: at least `role` and `content`, as chat templates read them."""
 
 StopReason = Literal["stop", "length"]
-MAX_TTL_S = 100 * 365 * 86400.0
 MAX_SEED = (1 << 63) - 1
 
 
@@ -415,8 +413,11 @@ class TrainingRun:
 @dataclass(frozen=True)
 class Checkpoint:
     """An immutable checkpoint; `kind` is `weights` (with optimizer), `sampler_weights`, or
-    `external_weights` (a PEFT adapter to take elsewhere). `expires` is when it is deleted (Unix
-    seconds; None: never), `public` whether every owner that a gateway serves may read it."""
+    `external_weights` (a PEFT adapter to take elsewhere).
+
+    It is deleted at `expires` (Unix seconds; None: never). Where users have keys, a `public` one
+    can be read by all of them.
+    """
 
     path: str
     run_id: str
@@ -428,21 +429,6 @@ class Checkpoint:
     user_metadata: dict[str, Any] = field(default_factory=dict)
     expires: float | None = None
     public: bool = False
-
-
-def expiry(ttl_seconds: float | None) -> float | None:
-    """The Unix time that is so many seconds from now.
-
-    Raises:
-        InvalidInput: not a positive number, or over a hundred years.
-    """
-    if ttl_seconds is None:
-        return None
-    if not 0 < ttl_seconds <= MAX_TTL_S:
-        raise InvalidInput(
-            f"ttl_seconds must be above 0 and at most a hundred years, got {ttl_seconds!r}"
-        )
-    return time.time() + ttl_seconds
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,7 @@ async def test_weights_may_be_made_the_newest_without_pinning_them_or_what_comes
     training = await new_run(service)
     await learn(training)
     await training._submit("publish", keep=False, every_step=False)
-    grant = await Op(service._controller.call("grant_sampler", MODEL, PolicyRef(training.run_id)))
+    grant = await Op(service.controller.call("grant_sampler", MODEL, PolicyRef(training.run_id)))
     newest = SamplingClient(completed(grant))
 
     async def version() -> int:

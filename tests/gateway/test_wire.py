@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tracemalloc
 
 import numpy as np
@@ -137,23 +136,18 @@ def test_a_zstd_bomb_is_given_up_early():
             wire.decompress(body, encoding, MiB)
 
 
-def streamed(data: bytes) -> bytes:
-    out = io.BytesIO()
-    with zstandard.ZstdCompressor().stream_writer(out, closefd=False) as writer:
-        writer.write(data)
-    return out.getvalue()
-
-
-def test_the_place_of_a_request_is_read_from_its_head():
-    datum = types.Datum(model_input=types.ModelInput.from_ints([1] * 5000), loss_fn_inputs={})
+@pytest.mark.parametrize("level", [1, 3, 19])
+def test_the_place_of_a_request_is_read_from_its_head(level):
+    noise = np.random.default_rng(0).integers(0, 2**31, 500_000).tolist()
+    datum = types.Datum(model_input=types.ModelInput.from_ints(noise), loss_fn_inputs={})
     body = encode([datum])
-    assert wire.place_in_log(body[:100], None) == ("m:train:0", 7)
-    for compressed in (zstandard.compress(body), streamed(body)):
-        assert wire.place_in_log(compressed[:4096], "zstd") == ("m:train:0", 7)
+    assert wire.place_in_log(body[: wire.HEAD_BYTES], None) == ("m:train:0", 7)
+    compressed = zstandard.compress(body, level)
+    assert wire.place_in_log(compressed[: wire.HEAD_BYTES], "zstd") == ("m:train:0", 7)
 
 
 def test_looking_for_the_place_opens_no_bomb():
-    head = zstandard.compress(bytes(512 * MiB))[:4096]
+    head = zstandard.compress(bytes(512 * MiB))[: wire.HEAD_BYTES]
     tracemalloc.start()
     assert wire.place_in_log(head, "zstd") is None
     assert tracemalloc.get_traced_memory()[1] < 4 * MiB
