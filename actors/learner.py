@@ -136,6 +136,9 @@ class Learner:
         self.turn.append(run_id)
         return next_seq_id
 
+    async def open_runs(self) -> list[str]:
+        return list(self.logs)
+
     async def next_seq_id(self, run_id: str) -> int:
         """
         Raises:

@@ -106,7 +106,7 @@ class SamplingRequest(_Body):
         stop = [*self.stop, *([end] if end else [])] if self.stop else None
         return SamplingParams(
             max_tokens=max_tokens,
-            seed=None if self.seed is None else self.seed % 2**64,
+            seed=None if self.seed is None else self.seed % 2**63,
             stop=stop,
             temperature=self.temperature,
             top_k=self.top_k or -1,

@@ -138,3 +138,51 @@ def test_rl_numerics_check(kitchen, tmp_path):
         steps=2,
     )
     assert max(map(abs, log.column(ON_POLICY))) < SAME
+
+
+def test_forecasting_validates_before_and_after(kitchen, tmp_path):
+    log = kitchen.train(
+        "recipes.forecasting.train",
+        tmp_path / "log",
+        "data_path=forecasts.csv",
+        "train_epochs=1",
+        "groups_per_batch=4",
+        "group_size=4",
+        "validation_group_size=1",
+        "max_tokens=32",
+        "eval_every=1",
+        "max_steps=2",
+        steps=2,
+    )
+    assert len(log.column("test/env/all/brier_reward")) == 3
+    assert max(map(abs, log.column(ON_POLICY))) < SAME
+
+
+def test_code_rl_short_of_its_sandbox(kitchen, tmp_path):
+    """A model of this size writes no program, so that there is none to run."""
+    log = kitchen.train(
+        "recipes.code_rl.train",
+        tmp_path / "log",
+        "groups_per_batch=2",
+        "group_size=2",
+        "max_tokens=32",
+        "eval_every=0",
+        "max_steps=1",
+        steps=1,
+    )
+    assert max(map(abs, log.column(ON_POLICY))) < SAME
+
+
+def test_math_rl_on_deepmath(kitchen, tmp_path):
+    log = kitchen.train(
+        "recipes.math_rl.train",
+        tmp_path / "log",
+        "env=deepmath",
+        f"model_name={BASE}",
+        "groups_per_batch=4",
+        "group_size=4",
+        "max_tokens=8",
+        "max_steps=1",
+        steps=1,
+    )
+    assert max(map(abs, log.column(ON_POLICY))) < SAME

@@ -7,6 +7,9 @@ import json
 import peft
 import pytest
 import torch
+from tinker_cookbook.recipes.decisions import Decision, DecisionRenderer
+from tinker_cookbook.recipes.decisions.demo import TEAMS
+from tinker_cookbook.renderers import get_renderer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cookbook.kitchen import BASE
@@ -56,15 +59,27 @@ def test_weights_are_downloaded_and_built_for_other_engines(kitchen, taught, tmp
 
 
 def test_decisions_demo(kitchen):
+    asked = "How do I sign in?"
     said = kitchen.python(
         "-m",
         "tinker_cookbook.recipes.decisions.demo",
         "--model_name=Qwen/Qwen3-8B",
-        stdin="How do I sign in?\n\n",
+        stdin=f"{asked}\n\n",
     )
     probabilities = json.loads("{" + said.partition("{")[2].partition("}")[0] + "}")
-    assert set(probabilities) == {"billing", "sdk", "console", "cookbook"}
-    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)
+
+    folder = kitchen.workspace / "tiny"
+    renderer = get_renderer("qwen3", AutoTokenizer.from_pretrained(folder))
+    question = (
+        f"A user asked the following question about Tinker:\n\n{asked}\n\n"
+        "Which team should answer it?"
+    )
+    rendering = DecisionRenderer(renderer).render(Decision(question, TEAMS))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits = model(torch.tensor([rendering.tokens[: rendering.choice_pos]])).logits[0, -1]
+    expected = logits[list(rendering.label_tokens.values())].softmax(-1).tolist()
+    assert list(probabilities) == rendering.labels
+    assert list(probabilities.values()) == pytest.approx(expected, abs=2e-4)  # four digits
 
 
 def test_the_example_of_an_evaluator(kitchen):
@@ -80,3 +95,12 @@ def test_prompts_are_sampled_for_distillation(kitchen):
     )
     # A model of this size never says which language it is.
     assert (kitchen.workspace / "distilled.jsonl").read_text() == ""
+
+
+@pytest.mark.slow
+def test_the_experiment_on_true_thinking(kitchen):
+    """Samples up to 2048 tokens, then scores answers after shortened thoughts."""
+    kitchen.python("-m", "tinker_cookbook.recipes.true_thinking_score.run_small_experiment")
+    found = json.loads((kitchen.workspace / "runs/tts-experiment/tts_results.json").read_text())
+    assert found["problems"]
+    assert not any("error" in problem for problem in found["problems"])

@@ -6,6 +6,7 @@ loads these stand-ins for its tokenizers and data sets, without a change to it.
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +28,9 @@ MODELS = (
     "Qwen/Qwen3.5-397B-A17B",
     "Qwen/Qwen3.6-27B",
     "Qwen/Qwen3.6-35B-A3B",
+    "Qwen/Qwen3.8-27B",
 )
+CODE_CONFIGS = ("primeintellect", "taco", "lcbv5", "codeforces")
 CONTEXT = 8192  # games go on for many turns, and a token is a letter or two here
 
 
@@ -54,6 +57,16 @@ def make_workspace(folder: Path) -> dict[str, str]:
     texts = folder / "tinker_cookbook/example_data/multilingual.txt"
     texts.parent.mkdir(parents=True)
     texts.write_text("the fox and the dog\nle renard et le chien\n")
+    with (folder / "forecasts.csv").open("w", newline="") as file:
+        rows = csv.DictWriter(file, forecast(0))
+        rows.writeheader()
+        rows.writerows(forecast(i) for i in range(16))
+    dataset(
+        folder / "agentica-org/DeepCoder-Preview-Dataset",
+        *CODE_CONFIGS,
+        train=[program(i) for i in range(4)],
+        test=[program(0)],
+    )
     jsonl(folder / "rubrics.jsonl", [rubric(i) for i in range(8)])
     return dict.fromkeys(MODELS, model)
 
@@ -74,12 +87,14 @@ def jsonl(path: Path, rows: Iterable[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def dataset(folder: Path, config: str = "default", **splits: list[Row]) -> None:
+def dataset(folder: Path, *configs: str, **splits: list[Row]) -> None:
     """A data set as the hub keeps them: a file a split, and a card that says which is which."""
-    card = ["---", "configs:", f"- config_name: {config}", "  data_files:"]
-    for split, rows in splits.items():
-        jsonl(folder / config / f"{split}.jsonl", rows)
-        card += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
+    card = ["---", "configs:"]
+    for config in configs or ("default",):
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            jsonl(folder / config / f"{split}.jsonl", rows)
+            card += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
     (folder / "README.md").write_text("\n".join([*card, "---", ""]))
 
 
@@ -148,4 +163,28 @@ def choice(i: int) -> Row:
         "question": f"What is {a} + {b}?",
         "choices": {"text": ["0", "1", "2"], "label": ["A", "B", "C"]},
         "answerKey": "ABC"[a + b],
+    }
+
+
+def forecast(i: int) -> dict[str, str]:
+    a, b = terms(i)
+    month = 9 if i % 4 < 3 else 11  # before the day that the recipe validates from, and after
+    return {
+        "submission_id": str(i),
+        "event_ticker": f"SUM-{i}",
+        "title": f"What will {a} + {b} be?",
+        "snapshot_time": f"2025-{month:02}-01T00:00:00Z",
+        "close_time": f"2025-{month:02}-02T00:00:00Z",
+        "market_outcome": json.dumps({"odd": (a + b) % 2}),
+        "category": "Sums",
+        "markets": json.dumps(["odd"]),
+        "sources": json.dumps([{"title": "A table", "summary": "It has sums.", "ranking": 1}]),
+    }
+
+
+def program(i: int) -> Row:
+    a, b = terms(i)
+    return {
+        "problem": f"Print {a} + {b}.",
+        "tests": json.dumps([{"input": "", "output": str(a + b), "testtype": "stdin_stdout"}]),
     }

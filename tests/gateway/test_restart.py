@@ -114,15 +114,26 @@ class Work:
             assert "protobuf" in answer.headers["content-type"]
         lost = server.post("retrieve_future", request_id=f"{self.sampler._sampling_session_id}:777")
         assert lost.status_code == 410
+        sampled = self.sampler.sample(prompt([1, 2]), 1, LONG).result().sequences[0].tokens
+        assert sampled == self.finished
+        again = self.client.create_training_client_from_state_with_optimizer(self.saved).result()
+        assert again.forward([DATUM], "cross_entropy").result().metrics["loss:sum"] == self.loss
+
+    def goes_on(self, steps: int) -> None:
+        """The run is where it was, the gradient of `steps` backward passes still to be applied."""
+        assert self.train().metrics["loss:sum"] == self.loss
+        norm = self.training.optim_step(types.AdamParams()).result().metrics["grad_norm"]
+        one = self.client.create_training_client_from_state(self.saved).result()
+        one.forward_backward([DATUM], "cross_entropy")
+        alone = one.optim_step(types.AdamParams()).result().metrics["grad_norm"]
+        assert norm == pytest.approx(alone * steps, rel=1e-3)
+
+    def is_lost(self) -> None:
         started = time.monotonic()
         with pytest.raises(tinker.RequestFailedError, match="no longer in memory") as caught:
             self.train()
         assert caught.value.category is types.RequestErrorCategory.User
         assert time.monotonic() - started < 30
-        again = self.client.create_training_client_from_state_with_optimizer(self.saved).result()
-        assert again.forward([DATUM], "cross_entropy").result().metrics["loss:sum"] == self.loss
-        sampled = self.sampler.sample(prompt([1, 2]), 1, LONG).result().sequences[0].tokens
-        assert sampled == self.finished
 
 
 def test_interrupted_it_finishes_what_is_under_way(server):
@@ -138,6 +149,7 @@ def test_interrupted_it_finishes_what_is_under_way(server):
     for request in under_way:
         assert len(request.result().loss_fn_outputs) == 200
     work.still_there(server, left)
+    work.goes_on(1 + 4 * 200 + 1)
 
 
 def test_killed_it_knows_what_was_finished(server):
@@ -157,3 +169,4 @@ def test_killed_it_knows_what_was_finished(server):
     with pytest.raises(tinker.RequestFailedError, match=r"server stopped|no longer in memory"):
         lost.result()
     work.still_there(server, left)
+    work.is_lost()
