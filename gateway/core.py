@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..primitives.client import RunGrant, SamplerGrant, ServiceClient
 from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
 from ..primitives.op import Op
@@ -513,15 +515,23 @@ class Gateway:
     async def keep_house(self) -> None:
         """Until cancelled: end lapsed sessions, unload idle models, forget what is too old."""
         pause = min(self.settings.session_timeout_s / 4, self.settings.idle_unload_s / 4, 30.0)
-        for row in await self.store.active_sessions():  # of before a restart: some may be back
-            session = Session(row.session_id, row.owner, True, time.monotonic())
-            self._sessions.setdefault(row.session_id, session)
-        while True:
-            await asyncio.sleep(pause)
-            try:
-                await self._tidy()
-            except Exception:
-                log.exception("housekeeping failed; it goes on")
+        # Sessions of before a restart: some may be back. Where another gateway serves the same
+        # home, they may be its own, and it looks after the rest.
+        alone = FileLock(f"{self.service.home}/gateway.lock")
+        with contextlib.suppress(Timeout):
+            alone.acquire(blocking=False)
+            for row in await self.store.active_sessions():
+                session = Session(row.session_id, row.owner, True, time.monotonic())
+                self._sessions.setdefault(row.session_id, session)
+        try:
+            while True:
+                await asyncio.sleep(pause)
+                try:
+                    await self._tidy()
+                except Exception:
+                    log.exception("housekeeping failed; it goes on")
+        finally:
+            alone.release()
 
     async def _tidy(self) -> None:
         now = time.monotonic()

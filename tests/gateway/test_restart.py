@@ -22,10 +22,17 @@ from tests.tiny import make_tiny_model
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 LONG = types.SamplingParams(max_tokens=400, stop=[], seed=1)
-DATUM = types.Datum(
-    model_input=types.ModelInput.from_ints([i % 300 + 1 for i in range(400)]),
-    loss_fn_inputs={"target_tokens": [2] * 400, "weights": [1.0] * 400},
-)
+
+
+def datum(first: int = 1) -> types.Datum:
+    """Different ones share no prefix, and so no work."""
+    return types.Datum(
+        model_input=types.ModelInput.from_ints([first, *(i % 300 + 1 for i in range(399))]),
+        loss_fn_inputs={"target_tokens": [2] * 400, "weights": [1.0] * 400},
+    )
+
+
+DATUM = datum()
 
 
 class Server:
@@ -158,7 +165,10 @@ def test_killed_it_knows_what_was_finished(server):
     for request_id in left:
         server.post("retrieve_future", request_id=request_id)
     samples = [work.sampler.sample(prompt([1, 2]), 16, LONG) for _ in range(4)]
-    lost = work.training.forward_backward([DATUM] * 400, "cross_entropy")
+    lost = [
+        work.training.forward_backward([datum(i) for i in range(300)], "cross_entropy")
+        for _ in range(3)
+    ][-1]
     time.sleep(0.3)
     server.kill()
     starting = threading.Thread(target=server.start)
