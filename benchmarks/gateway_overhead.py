@@ -51,7 +51,8 @@ async def main() -> None:
     rounds = 5 if chosen.quick else 40 * chosen.runs
     with tempfile.TemporaryDirectory() as home:
         model = tiny_like(chosen.model, f"{home}/models/tiny")
-        tokens = np.random.default_rng(0).integers(0, 1000, 33)
+        vocab = AutoConfig.from_pretrained(model).vocab_size
+        tokens = np.random.default_rng(0).integers(0, vocab, 33)
         data = [Datum(tokens[:-1], {"target_tokens": tokens[1:], "weights": np.ones(32)})]
         sent = [
             types.Datum(

@@ -14,6 +14,7 @@ import tinker
 from harness import alternate, options, report
 from serving import served
 from tinker import types
+from transformers import AutoConfig
 
 import tinsmith
 from tinsmith import SamplingParams
@@ -25,7 +26,8 @@ def main() -> None:
     chosen = options(__doc__)
     max_tokens = 4 if chosen.quick else 64
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(100, 10_000, 64).tolist() for _ in range(CLIENTS)]
+    vocab = AutoConfig.from_pretrained(chosen.model).vocab_size
+    prompts = [rng.integers(0, vocab, 64).tolist() for _ in range(CLIENTS)]
     settings = dict(max_tokens=max_tokens, stop=[], seed=0)
     service = tinsmith.connect(num_cpus=os.cpu_count()).sync
     with served(tinsmith.default_home().as_posix()) as url:
