@@ -373,7 +373,8 @@ class Gateway:
 
     async def _ready(self, sampler: Sampler) -> None:
         with contextlib.suppress(TinsmithError):  # whoever samples is told
-            with self._using(await self.models.resolve(sampler.row.base_model)):
+            model = await self.models.resolve(sampler.row.base_model)
+            with self._using(model):
                 await self._sampler_grant(sampler)
 
     async def _sampler_grant(self, sampler: Sampler) -> SamplerGrant:

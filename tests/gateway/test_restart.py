@@ -154,6 +154,6 @@ def test_killed_it_knows_what_was_finished(server):
     for sample in samples:  # the SDK asks for them again by itself
         assert len(sample.result().sequences) == 16
     starting.join()
-    with pytest.raises(tinker.RequestFailedError, match="server stopped|no longer in memory"):
+    with pytest.raises(tinker.RequestFailedError, match=r"server stopped|no longer in memory"):
         lost.result()
     work.still_there(server, left)
