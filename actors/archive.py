@@ -1,48 +1,75 @@
-"""A checkpoint's adapter to take elsewhere: PEFT's two files, alone or as a tar.gz."""
+"""A checkpoint's adapter as others take it: PEFT's two files, or a `.tar.gz` of them."""
 
 from __future__ import annotations
 
-import gzip
-import io
 import tarfile
-import tempfile
+import zlib
 from collections.abc import Iterator
+from typing import IO
 
 from ..engines.adapter_files import CONFIG, WEIGHTS
+from ..primitives.errors import NotFound, Unavailable
 from .storage import Storage
 
-PART_BYTES = 1 << 20
-IN_MEMORY_BYTES = 64 << 20
+FILES = (CONFIG, WEIGHTS)
+GZIP = 31  # zlib's `wbits` for a gzip stream; it writes no time and no name into the header
+CHUNK = 1 << 20
 
 
-def adapter_files(storage: Storage, path: str) -> dict[str, bytes]:
-    """PEFT's files of the checkpoint `tinker://…`, by name.
+def adapter_sizes(storage: Storage, path: str) -> dict[str, int]:
+    """Bytes of each file that PEFT loads.
 
     Raises:
         InvalidInput: that is no checkpoint path.
         NotFound: there is no such checkpoint.
     """
-    files, _ = storage.read_checkpoint(path)
-    return {name: files[name] for name in (CONFIG, WEIGHTS)}
+    sizes = storage.files(path)
+    if missing := [file for file in FILES if file not in sizes]:
+        raise NotFound(f"checkpoint {path} has lost its {missing[0]}")
+    return {file: sizes[file] for file in FILES}
+
+
+def adapter_files(storage: Storage, path: str) -> dict[str, bytes]:
+    """The files that PEFT loads, by name. Errors as `adapter_sizes`."""
+    files = {}
+    for file in adapter_sizes(storage, path):
+        with storage.open(path, file) as stream:
+            files[file] = stream.read()
+    return files
 
 
 def adapter_archive(storage: Storage, path: str) -> Iterator[bytes]:
-    """The same files as a tar.gz, in parts; the same bytes every time. Errors as `adapter_files`."""
-    archive = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES)  # noqa: SIM115 - streamed later
-    # Weights are noise to a compressor: the quickest level loses nothing.
-    with (
-        gzip.GzipFile(fileobj=archive, mode="wb", compresslevel=1, filename="", mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w") as tar,
-    ):
-        for name, data in adapter_files(storage, path).items():
-            member = tarfile.TarInfo(name)
-            member.size, member.mode = len(data), 0o644
-            tar.addfile(member, io.BytesIO(data))
-    archive.seek(0)
-    return _parts(archive)
+    """A `.tar.gz` of the files that PEFT loads, piece by piece; the same bytes every time.
+
+    Raises, before the first piece, as `adapter_sizes`.
+    """
+    # Opened before the first byte goes out: a checkpoint deleted meanwhile still arrives whole.
+    opened = [
+        (file, size, storage.open(path, file))
+        for file, size in adapter_sizes(storage, path).items()
+    ]
+    return _compressed(_tar(opened))
 
 
-def _parts(archive: tempfile.SpooledTemporaryFile[bytes]) -> Iterator[bytes]:
-    with archive:
-        while part := archive.read(PART_BYTES):
-            yield part
+def _tar(opened: list[tuple[str, int, IO[bytes]]]) -> Iterator[bytes]:
+    for name, size, stream in opened:
+        member = tarfile.TarInfo(name)  # with time, owner and group zero
+        member.size = size
+        yield member.tobuf()
+        with stream:
+            for chunk in iter(lambda: stream.read(CHUNK), b""):  # noqa: B023 (used up right here)
+                size -= len(chunk)
+                yield chunk
+        if size:
+            raise Unavailable(f"{name} changed while it was read; try again")
+        yield bytes(-member.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _compressed(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    # Trained floats hardly compress: more effort would only cost time.
+    gzip = zlib.compressobj(level=1, wbits=GZIP)
+    for piece in pieces:
+        if data := gzip.compress(piece):
+            yield data
+    yield gzip.flush()

@@ -127,7 +127,7 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
     except BaseException:
         close()
         raise
-    return ServiceClient(handle, home, close)
+    return ServiceClient(handle, home, close, owns_cluster=local)
 
 
 def _join_ray(address: str | None, options: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,12 +31,18 @@ from ..primitives.types import (
     PublishResponse,
     SaveResponse,
     TrainingInfo,
-    expiry,
 )
+from ..primitives.validation import check_ttl
 from .storage import MANIFEST, Storage
 from .threads import set_engine_threads
 
 RESULTS_KEPT = 4096
+PARKED = "state.safetensors"
+
+
+def parked_folder(run_id: str) -> str:
+    """Below the storage root: where a run waits for its learner to be started again."""
+    return f"runs/{run_id}/parked"
 
 
 @dataclass
@@ -80,7 +86,6 @@ class Learner:
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.finishing: set[asyncio.Task[None]] = set()
-        self.saving: set[CheckpointPath] = set()
         self.writing = asyncio.Lock()
         self.wake = asyncio.Event()
         self.pump: asyncio.Task[None] | None = None
@@ -134,6 +139,52 @@ class Learner:
     async def open_runs(self) -> list[str]:
         return list(self.logs)
 
+    async def next_seq_id(self, run_id: str) -> int:
+        """
+        Raises:
+            NotFound: the run is not open here.
+        """
+        return self._log(run_id).next_seq_id
+
+    async def park(self, run_id: str) -> None:
+        """Write down a run as it is, half-accumulated gradient and all, for `unpark`."""
+        log = self._log(run_id)
+        state = await self._in_engine(self.engine.state, run_id, True)
+        run = self.engine.runs[run_id]
+        manifest = {
+            "lora": asdict(run.config),
+            "version": run.version,
+            "next_seq_id": log.next_seq_id,
+            "publish_steps": log.publish_steps,
+        }
+        files = {
+            PARKED: safetensors.torch.save(state),
+            MANIFEST: json.dumps(manifest, indent=1).encode(),
+        }
+        folder = parked_folder(run_id)
+        staged = await asyncio.to_thread(self.storage.stage, folder, files)
+        await asyncio.to_thread(self.storage.commit, staged, folder)
+
+    async def unpark(self, run_id: str) -> int:
+        """Open a parked run exactly as it was, its weights published; returns the number of its
+        next operation.
+
+        Raises:
+            NotFound: it is not parked.
+        """
+        folder = parked_folder(run_id)
+        files = await asyncio.to_thread(self.storage.read, folder)
+        manifest, state = json.loads(files[MANIFEST]), safetensors.torch.load(files[PARKED])
+        await self._in_engine(self.engine.create_run, run_id, LoraConfig(**manifest["lora"]))
+        params, version = state.pop("params"), manifest["version"]
+        await self._in_engine(self.engine.load, run_id, params, state, version)
+        log = RunLog(run_id, manifest["next_seq_id"], manifest["publish_steps"])
+        self.logs[run_id] = log
+        self.turn.append(run_id)
+        await (await self._in_engine(self._publication, run_id, False))
+        await asyncio.to_thread(self.storage.delete, folder)
+        return log.next_seq_id
+
     async def take_over(self, run_id: str) -> int | None:
         """Where a new client's operations go on, after all that has arrived; None if the run is
         not open. Numbers that the client before it took but never sent are passed over."""
@@ -157,9 +208,14 @@ class Learner:
             if not entry.future.done():
                 entry.future.set_exception(NotFound(f"run {run_id} was closed"))
         await self._in_engine(self.engine.drop_run, run_id)
-        if self.sampler is not None:
-            with contextlib.suppress(Unavailable):  # a dead one holds nothing
-                await Op(self.sampler.call("drop_run", run_id))
+        async with log.publishing:  # what is on its way to the sampler arrives before it is dropped
+            if self.sampler is not None:
+                with contextlib.suppress(Unavailable):  # a dead one holds nothing
+                    await Op(self.sampler.call("drop_run", run_id))
+
+    async def settle(self) -> None:
+        """Wait until what is being saved is saved."""
+        await self._settle_writes()
 
     # ---- the log ----
 
@@ -345,15 +401,12 @@ class Learner:
     def _save(
         self,
         path: CheckpointPath,
-        user_metadata: dict[str, Any],
+        user_metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
-        ttl_seconds: float | None = None,
+        ttl_seconds: int | None = None,
     ) -> Coroutine[Any, Any, SaveResponse]:
-        expires = expiry(ttl_seconds)
-        taken = path in self.saving or self.storage.exists(path.folder)
-        if taken and not overwrite:
-            raise InvalidInput(f"{path} exists already; take another name, or overwrite=True")
-        self.saving.add(path)
+        check_ttl(ttl_seconds)
+        metadata = dict(user_metadata or {})
         run = self.engine.runs[path.run_id]
         if path.kind == "weights":
             state = self.engine.state(path.run_id)
@@ -364,35 +417,34 @@ class Learner:
             "base_model": self.base_model,
             "lora": asdict(run.config),
             "version": version,
-            "user_metadata": user_metadata,
+            "user_metadata": metadata,
         }
 
-        def write() -> Checkpoint:
+        def write() -> tuple[Checkpoint, str]:
             params = state.pop("params")
             files = adapter_files.write_adapter(layout, params, self.base_model)
             if state:
                 files["optimizer.safetensors"] = safetensors.torch.save(state)
             files[MANIFEST] = json.dumps(manifest, indent=1).encode()
-            size = self.storage.write(path.folder, files)
-            return Checkpoint(
+            staged, now = self.storage.stage(path.folder, files), time.time()
+            checkpoint = Checkpoint(
                 str(path),
                 path.run_id,
                 path.kind,
                 path.name,
                 version,
-                time.time(),
-                size,
-                user_metadata,
-                expires,
+                now,
+                sum(map(len, files.values())),
+                metadata,
+                None if ttl_seconds is None else now + ttl_seconds,
             )
+            return checkpoint, staged
 
         async def save() -> SaveResponse:
             async with self.writing:  # in order: of two saves by one name the later one stays
-                try:
-                    checkpoint = await asyncio.to_thread(write)
-                finally:
-                    self.saving.discard(path)
-                await Op(self.controller.call("record_checkpoint", checkpoint))
+                checkpoint, staged = await asyncio.to_thread(write)
+                # The controller alone gives out names: saving, copying and deleting cannot collide.
+                await Op(self.controller.call("add_checkpoint", checkpoint, staged, overwrite))
             return SaveResponse(str(path))
 
         return save()

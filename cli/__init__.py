@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..primitives.errors import TinsmithError
-from . import chat, doctor, keys, plot, runs, serve, train
+from . import chat, doctor, export, keys, plot, runs, serve, train
 
 
 class _Commands(TyperGroup):
@@ -35,6 +35,7 @@ app.command()(runs.runs)
 app.command()(plot.plot)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(export.export)
 app.add_typer(keys.app, name="keys")
 
 

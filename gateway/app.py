@@ -14,6 +14,8 @@ from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity, TinsmithE
 from .access import Unauthorized
 from .body_limit import BodyLimit
 from .core import Busy, Gateway
+from .openai import openai_router
+from .policies import GatewayPolicies
 from .rest_routes import rest_routes
 from .sampling_routes import Lost, sampling_routes
 from .session_routes import Gone, session_routes
@@ -42,6 +44,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="Tinsmith", lifespan=lifespan, openapi_url="/openapi.json")
     for routes in (session_routes, training_routes, sampling_routes, rest_routes):
         app.include_router(routes(gateway), prefix="/api/v1")
+    app.include_router(openai_router(GatewayPolicies(gateway)))
 
     @app.exception_handler(TinsmithError)
     async def refused(request: Request, error: TinsmithError) -> JSONResponse:

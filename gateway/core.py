@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..primitives.client import RunGrant, SamplerGrant, ServiceClient
 from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
 from ..primitives.op import Op
@@ -54,11 +56,26 @@ class Session:
 @dataclass(eq=False)
 class Run:
     """A training run: `grant` is None where it is not in a learner's memory any more.
-    `pending` holds the bytes of the operations under way, by number."""
+    `pending` holds the bytes of the operations under way, by number; all up to `arrived` have come,
+    and those in `early` before their turn."""
 
     row: RunRow
     grant: asyncio.Future[RunGrant] | None
     pending: dict[int, int] = field(default_factory=dict)
+    arrived: int = 0
+    early: set[int] = field(default_factory=set)
+
+    def arrive(self, seq_id: int) -> None:
+        if seq_id > self.arrived:
+            self.early.add(seq_id)
+        while self.arrived + 1 in self.early:
+            self.arrived += 1
+            self.early.discard(self.arrived)
+
+    @property
+    def moving(self) -> bool:
+        """Whether something under way will be done without more to come."""
+        return any(seq_id <= self.arrived for seq_id in self.pending)
 
 
 @dataclass(eq=False)
@@ -154,10 +171,10 @@ class Gateway:
         if waiting:
             await asyncio.wait(waiting, timeout=self.settings.session_timeout_s)
         for run in session.runs.values():
-            if run.grant is not None:
-                run.grant = None
-                with contextlib.suppress(TinsmithError):
-                    await Op(self.controller.call("close_run", run.row.run_id))
+            run.grant = None
+        for row in await self.store.runs(session.owner, session.session_id):
+            with contextlib.suppress(TinsmithError):
+                await Op(self.controller.call("close_run", row.run_id))
         paths = {s.row.model_path: s for s in session.samplers.values() if s.row.model_path}
         for path, sampler in paths.items():
             shared = any(
@@ -207,7 +224,7 @@ class Gateway:
                     "create_run", run_id, known_as, lora, path, optimizer, user_metadata
                 )
                 run = Run(row, asyncio.wrap_future(call))
-                grant = await asyncio.shield(run.grant)  # type: ignore[arg-type]
+                await asyncio.shield(run.grant)  # type: ignore[arg-type]
             await self.store.add_run(row)
             if not session.active:  # ended meanwhile, and does not know of it
                 await Op(self.controller.call("close_run", run_id))
@@ -216,7 +233,6 @@ class Gateway:
             answer = {"model_id": run_id}
             if path is None:
                 return Answer.json({"type": "create_model", **answer})
-            del grant
             return Answer.json({"type": "load_weights", "path": path, **answer})
 
         await self.futures.begin(request_id, session.owner, create)
@@ -234,7 +250,8 @@ class Gateway:
         row = await self.store.run(run_id)
         if row is None or row.owner != owner:
             raise NotFound(f"no training run {run_id!r}")
-        return Run(row, None)
+        session = await self.session(owner, row.session_id)
+        return session.runs.setdefault(run_id, Run(row, None))
 
     async def training_run(self, run_id: str) -> Any:
         return await Op(self.service.get_training_run(run_id).future)
@@ -263,10 +280,11 @@ class Gateway:
         if seq_id < 1:
             raise InvalidInput(f"seq_id must be at least 1, got {seq_id}")
         request_id = operation_id(run_id, seq_id)
-        # What comes first in its run is always let in, or a full queue could never empty.
-        ahead = run.pending and min(run.pending) < seq_id
-        if ahead and self._pending_bytes + size > self.settings.max_pending_bytes:
+        # Clients send the first part of a batch when all others are in: while a run waits for a
+        # number, refusing the next would be for good.
+        if run.moving and self._pending_bytes + size > self.settings.max_pending_bytes:
             raise Busy("too much training data is waiting: try again in a moment")
+        run.arrive(seq_id)
 
         async def apply() -> Answer:
             grant = await self._run_grant(run)
@@ -291,13 +309,27 @@ class Gateway:
         self._pending_bytes -= run.pending.pop(seq_id, 0)
 
     async def _run_grant(self, run: Run) -> RunGrant:
-        if run.grant is None:
-            raise NotFound(
-                f"run {run.row.run_id} is no longer in memory: its session ended, or the server "
-                "was started again; create_training_client_from_state_with_optimizer(path) goes "
-                "on from a saved state"
-            )
-        return await asyncio.shield(run.grant)
+        """
+        Raises:
+            NotFound: the run is not in memory any more.
+        """
+        session = await self.session(run.row.owner, run.row.session_id)
+        if run.grant is None and session.active:
+            # Of before a restart: the cluster may have it still, or have parked it.
+            run.grant = asyncio.wrap_future(self.controller.call("reopen_run", run.row.run_id))
+        grant = run.grant
+        try:
+            if grant is not None:
+                granted = await asyncio.shield(grant)
+                run.arrived = max(run.arrived, granted.next_seq_id - 1)
+                return granted
+        except NotFound:
+            run.grant = None
+        raise NotFound(
+            f"run {run.row.run_id} is no longer in memory: its session ended, or the server went "
+            "down; create_training_client_from_state_with_optimizer(path) goes on from a "
+            "saved state"
+        )
 
     async def skip(self, owner: str, run_id: Any, seq_id: Any) -> None:
         """Count an operation that was refused as done: its client has moved on."""
@@ -306,6 +338,7 @@ class Gateway:
         with contextlib.suppress(TinsmithError):
             run = await self.run(owner, run_id)
             grant = await self._run_grant(run)
+            run.arrive(seq_id)
             grant.learner.call("submit", run_id, seq_id, "skip", {})
 
     # ---- samplers ----
@@ -372,10 +405,11 @@ class Gateway:
         return session, session.samplers.setdefault(sampler_id, Sampler(row))
 
     async def _ready(self, sampler: Sampler) -> None:
-        with contextlib.suppress(TinsmithError):  # whoever samples is told
-            model = await self.models.resolve(sampler.row.base_model)
-            with self._using(model):
-                await self._sampler_grant(sampler)
+        with (
+            contextlib.suppress(TinsmithError),  # whoever samples is told
+            self._using(await self.models.resolve(sampler.row.base_model)),
+        ):
+            await self._sampler_grant(sampler)
 
     async def _sampler_grant(self, sampler: Sampler) -> SamplerGrant:
         row = sampler.row
@@ -414,6 +448,10 @@ class Gateway:
                 if last:
                     raise
         raise AssertionError("unreachable")
+
+    def used(self, model: str) -> None:
+        """Keep a base model loaded for a while."""
+        self._used[model] = time.monotonic()
 
     # ---- checkpoints ----
 
@@ -482,15 +520,23 @@ class Gateway:
     async def keep_house(self) -> None:
         """Until cancelled: end lapsed sessions, unload idle models, forget what is too old."""
         pause = min(self.settings.session_timeout_s / 4, self.settings.idle_unload_s / 4, 30.0)
-        for row in await self.store.active_sessions():  # of before a restart: some may be back
-            session = Session(row.session_id, row.owner, True, time.monotonic())
-            self._sessions.setdefault(row.session_id, session)
-        while True:
-            await asyncio.sleep(pause)
-            try:
-                await self._tidy()
-            except Exception:
-                log.exception("housekeeping failed; it goes on")
+        # Sessions of before a restart: some may be back. Where another gateway serves the same
+        # home, they may be its own, and it looks after the rest.
+        alone = FileLock(f"{self.service.home}/gateway.lock")
+        with contextlib.suppress(Timeout):
+            alone.acquire(blocking=False)
+            for row in await self.store.active_sessions():
+                session = Session(row.session_id, row.owner, True, time.monotonic())
+                self._sessions.setdefault(row.session_id, session)
+        try:
+            while True:
+                await asyncio.sleep(pause)
+                try:
+                    await self._tidy()
+                except Exception:
+                    log.exception("housekeeping failed; it goes on")
+        finally:
+            alone.release()
 
     async def _tidy(self) -> None:
         now = time.monotonic()
@@ -504,13 +550,17 @@ class Gateway:
             if await Op(self.controller.call("unload", model)):
                 log.info("base model %s unloaded after %.0f s idle", model, now - used)
                 self._used.pop(model, None)
-        await self.store.forget_results(time.time() - self.settings.keep_results_s)
+        oldest = time.time() - self.settings.keep_results_s
+        await self.store.forget_results(oldest, self.settings.keep_results_bytes)
         await self.store.forget_sequences(time.time() - SEQUENCES_KEPT_S)
 
     async def drain(self) -> None:
-        """Take nothing new, and finish what is under way."""
+        """Take nothing new, finish what is under way, and write down the runs, so that their
+        clients can go on when the server is started again."""
         self.draining = True
         await self.futures.drain()
+        if self.service.owns_cluster:
+            await Op(self.controller.call("park_runs"))
 
 
 def operation_id(run_id: str, seq_id: int) -> str:

@@ -20,6 +20,7 @@ from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath
 from ..primitives.types import Checkpoint, TrainingRun
+from . import encryption
 from .core import Gateway
 from .requests import CopyWeights, SearchSessions, SetTtl, WeightsInfo
 from .store import SessionRow
@@ -162,11 +163,12 @@ def rest_routes(gateway: Gateway) -> APIRouter:
     ) -> dict[str, Any]:
         """Addresses of the files, good for an hour for whoever has them."""
         path = str(CheckpointPath(run_id, kind, name))
-        await gateway.checkpoint(gateway.access.owner(request), path)
+        checkpoint = await gateway.checkpoint(gateway.access.owner(request), path)
         files = await asyncio.to_thread(adapter_files, storage, path)
+        suffix = encryption.SUFFIX if encryption.recipients_of(checkpoint) else ""
         expires = time.time() + URL_LIFE_S
         urls = {}
-        for file in files:
+        for file in (file + suffix for file in files):
             ticket = f"{int(expires)}.{signature(path, file, int(expires))}"
             address = request.url_for(
                 "signed_file", run_id=run_id, kind=kind, name=name, file=file, ticket=ticket
@@ -190,7 +192,12 @@ def rest_routes(gateway: Gateway) -> APIRouter:
         if not good or int(expires) < time.time():
             raise NotFound("this address is not valid, or not any more: ask for new ones")
         files = await asyncio.to_thread(adapter_files, storage, path)
-        return Response(files[file], media_type="application/octet-stream")
+        recipients = encryption.recipients_of(await Op(controller.call("get_checkpoint", path)))
+        if not recipients:
+            return Response(files[file], media_type="application/octet-stream")
+        data = files[file.removesuffix(encryption.SUFFIX)]
+        sealed = await asyncio.to_thread(encryption.seal, data, recipients)
+        return Response(sealed, media_type="application/octet-stream")
 
     @router.post("/weights_info")
     async def weights_info(request: Request, body: WeightsInfo) -> dict[str, Any]:

@@ -120,6 +120,10 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
     async def retrieve_futures(request: Request, body: RetrieveFutures) -> dict[str, Any]:
         owner = gateway.access.owner(request)
         await gateway.sampler(owner, body.target.sampling_session_id)
+        prefix = f"{body.target.sampling_session_id}:"
+        done = [name for name in body.retrieved_request_ids if name.startswith(prefix)]
+        if done:
+            await gateway.store.drop_results(owner, done)
         wait = settings.poll_s if body.timeout is None else body.timeout
         completions, cursor = await gateway.completions.wait(
             body.target.sampling_session_id,

@@ -23,6 +23,7 @@ class Settings:
         idle_unload_s: a base model without open runs and unused for this long is unloaded.
         poll_s: how long `retrieve_future` waits for a result; clients give up after 45 s.
         keep_results_s: how long finished results can be fetched again.
+        keep_results_bytes: above this, the older half of them goes before its time.
         compress: whether clients are told to compress training requests (None: those on other
             machines are).
         batch_polls: whether clients are told to wait for many samples with one request.
@@ -37,5 +38,6 @@ class Settings:
     idle_unload_s: float = 1800.0
     poll_s: float = 30.0
     keep_results_s: float = 86400.0
+    keep_results_bytes: int = 8192 * MiB
     compress: bool | None = None
     batch_polls: bool = False

@@ -225,8 +225,25 @@ class Store:
         )
         return None if row is None else Result(**dict(row))
 
-    async def forget_results(self, before: float) -> None:
+    async def forget_results(self, before: float, max_bytes: int) -> None:
+        """Those of before a time, and the older half where all take more than `max_bytes`."""
         await self._write("DELETE FROM results WHERE finished < ?", before)
+        row = await self._one("SELECT SUM(LENGTH(body)) AS bytes, COUNT(*) AS count FROM results")
+        assert row is not None
+        if (row["bytes"] or 0) > max_bytes:
+            await self._write(
+                "DELETE FROM results WHERE request_id IN "
+                "(SELECT request_id FROM results ORDER BY finished LIMIT ?)",
+                (row["count"] + 1) // 2,
+            )
+
+    async def drop_results(self, owner: str, request_ids: Sequence[str]) -> None:
+        rows = [(name, owner) for name in request_ids]
+
+        def delete() -> None:
+            self._db.executemany("DELETE FROM results WHERE request_id=? AND owner=?", rows)
+
+        await self._do(delete)
 
     # ---- recorded sequences ----
 

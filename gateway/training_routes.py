@@ -20,6 +20,7 @@ from ..primitives.types import (
 )
 from .body_limit import TooLarge
 from .core import Gateway, Run
+from .encryption import recipients_metadata
 from .futures import Answer
 from .provenance import with_recorded
 from .requests import CreateModel, LoadWeights, Lora, ModelRef, OptimStep, SaveWeights
@@ -168,9 +169,9 @@ def training_routes(gateway: Gateway) -> APIRouter:
         run = await gateway.run(gateway.access.owner(request), body.model_id)
 
         async def args() -> dict[str, Any]:
-            if body.age_encryption_recipients:
-                raise InvalidInput("encrypted exports are not supported: leave out the recipients")
-            return _named(body)
+            named = _named(body)
+            named["user_metadata"] |= recipients_metadata(body.age_encryption_recipients or [])
+            return named
 
         def answer(response: SaveResponse) -> Answer:
             return Answer.json({"type": "save_weights_external", "path": response.path})

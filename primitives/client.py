@@ -41,6 +41,7 @@ from .types import (
     Trajectory,
     token_array,
 )
+from .validation import check_ttl
 
 LogprobsWanted = Literal["all", "loss"]
 CustomLoss = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
@@ -143,11 +144,19 @@ class SamplingClient(HasSync):
         prompt: TokensLike,
         num_samples: int = 1,
         sampling_params: SamplingParams | None = None,
+        *,
+        topk_sample_logprobs: int = 0,
     ) -> AsyncIterator[SampledToken]:
-        """Sample, yielding each token as it is drawn. Leaving the loop withdraws the request."""
+        """Sample, yielding each token as it is drawn, with the K likeliest tokens if
+        `topk_sample_logprobs=K`. Leaving the loop withdraws the request."""
         grant = await Op(self._grant)
-        params = sampling_params or SamplingParams()
-        request = SampleRequest(token_array(prompt, "prompt"), params, grant.policy, num_samples)
+        request = SampleRequest(
+            token_array(prompt, "prompt"),
+            sampling_params or SamplingParams(),
+            grant.policy,
+            num_samples,
+            topk_sample_logprobs=topk_sample_logprobs,
+        )
         stream = grant.sampler.stream("stream", request)
         try:
             async for token in stream:
@@ -329,7 +338,7 @@ class TrainingClient(HasSync):
         *,
         user_metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
-        ttl_seconds: float | None = None,
+        ttl_seconds: int | None = None,
     ) -> Op[SaveResponse]:
         """Save weights and optimizer under `tinker://<run>/weights/<name>`; immutable.
 
@@ -344,14 +353,14 @@ class TrainingClient(HasSync):
         name: str,
         user_metadata: Mapping[str, Any] | None,
         overwrite: bool,
-        ttl_seconds: float | None,
+        ttl_seconds: int | None,
     ) -> Op[SaveResponse]:
         return self._submit(
             kind,
             name=name,
             user_metadata=_json_values(user_metadata),
             overwrite=overwrite,
-            ttl_seconds=ttl_seconds,
+            ttl_seconds=check_ttl(ttl_seconds),
         )
 
     def load_state(self, path: str) -> Op[SaveResponse]:
@@ -368,7 +377,7 @@ class TrainingClient(HasSync):
         *,
         user_metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
-        ttl_seconds: float | None = None,
+        ttl_seconds: int | None = None,
     ) -> Op[SaveResponse]:
         """Save a PEFT adapter under `tinker://<run>/sampler_weights/<name>`; immutable."""
         return self._save("save_weights_for_sampler", name, user_metadata, overwrite, ttl_seconds)
@@ -494,12 +503,18 @@ class EnvClient(HasSync):
 
 class ServiceClient(HasSync):
     """The way in, made by `tinsmith.connect()`. `home` is where the service keeps its files,
-    `controller` what this client and other front doors (the gateway) call."""
+    `controller` what this client and other front doors (the gateway) call, and `owns_cluster`
+    whether closing it ends the cluster."""
 
     def __init__(
-        self, controller: Handle, home: str, on_close: Callable[[], None] | None = None
+        self,
+        controller: Handle,
+        home: str,
+        on_close: Callable[[], None] | None = None,
+        owns_cluster: bool = False,
     ) -> None:
         self.home = home
+        self.owns_cluster = owns_cluster
         self.controller = controller
         self._on_close = on_close
 
@@ -597,12 +612,17 @@ class ServiceClient(HasSync):
         return Op(self.controller.call("delete_run", run_id))
 
     def close_training_run(self, run_id: str) -> Op[None]:
-        """Free a run's memory; its checkpoints stay, and `resume_training_client` opens it again."""
+        """Free a run's memory. Its checkpoints stay, and `resume_training_client` opens it again;
+        what was not saved is lost, operations still waiting fail.
+
+        Raises:
+            NotFound: no such run.
+        """
         return Op(self.controller.call("close_run", run_id))
 
     def unload_model(self, base_model: str) -> Op[bool]:
-        """Free the memory of a base model, unless training runs are open on it; the next use
-        loads it again. Sampling clients made before have to be made again."""
+        """Free a base model's memory, ending its samplers' requests; the next use loads it again.
+        False, and nothing happens, while it has open runs (`close_training_run`)."""
         return Op(self.controller.call("unload", base_model))
 
     def list_checkpoints(self, run_id: str | None = None) -> Op[list[Checkpoint]]:
@@ -610,7 +630,25 @@ class ServiceClient(HasSync):
         return Op(self.controller.call("list_checkpoints", run_id))
 
     def delete_checkpoint(self, path: str) -> Op[None]:
+        """Delete a checkpoint; who samples from it is told that it is gone."""
         return Op(self.controller.call("delete_checkpoint", path))
+
+    def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> Op[None]:
+        """Have a checkpoint deleted `ttl_seconds` from now; None keeps it."""
+        return Op(self.controller.call("set_checkpoint_ttl", path, check_ttl(ttl_seconds)))
+
+    def publish_checkpoint(self, path: str, public: bool = True) -> Op[None]:
+        """Let all users of a gateway with keys read a checkpoint, or no longer."""
+        return Op(self.controller.call("publish_checkpoint", path, public))
+
+    def copy_checkpoint(self, path: str, run_id: str) -> Op[str]:
+        """Copy a checkpoint's files to another run, under the same name; returns the new path.
+
+        Raises:
+            InvalidInput: the run has a checkpoint of that name, or another base model or LoRA.
+            NotFound: no such checkpoint or run.
+        """
+        return Op(self.controller.call("copy_checkpoint", path, run_id))
 
     def close(self) -> None:
         """Leave the service, stopping it if `connect()` started it. Unsaved runs are lost."""

@@ -20,6 +20,18 @@ def default_home() -> Path:
     return Path(os.environ.get("TINSMITH_HOME", "~/.tinsmith")).expanduser()
 
 
+def check_name(what: str, name: str) -> None:
+    """
+    Raises:
+        InvalidInput: `name` cannot be part of a path.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"{what} {name!r} must be 1 to 128 letters, digits or . _ : + -, "
+            "starting with a letter or digit"
+        )
+
+
 @dataclass(frozen=True)
 class CheckpointPath:
     run_id: str
@@ -27,12 +39,8 @@ class CheckpointPath:
     name: str
 
     def __post_init__(self) -> None:
-        for what, name in (("run id", self.run_id), ("checkpoint name", self.name)):
-            if not _NAME.fullmatch(name):
-                raise InvalidInput(
-                    f"{what} {name!r} must be 1 to 128 letters, digits or . _ : + -, "
-                    "starting with a letter or digit"
-                )
+        check_name("run id", self.run_id)
+        check_name("checkpoint name", self.name)
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.run_id}/{self.kind}/{self.name}"

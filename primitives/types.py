@@ -5,7 +5,6 @@ Dimension names: T tokens of one sequence, K alternatives per token, V vocabular
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -18,7 +17,6 @@ Message: TypeAlias = dict[str, Any]
 """A chat message: at least `role` and `content`, as chat templates read them."""
 
 StopReason = Literal["stop", "length"]
-MAX_TTL_S = 100 * 365 * 86400.0
 MAX_SEED = (1 << 63) - 1
 
 
@@ -37,9 +35,10 @@ def token_array(tokens: Any, what: str = "tokens") -> np.ndarray:
         raise InvalidInput(f"{what} must be one-dimensional, got shape {array.shape}")
     if not np.issubdtype(array.dtype, np.integer):
         raise InvalidInput(f"{what} must be integer token ids, got dtype {array.dtype}")
-    if array.size and array.min() < 0:
+    array = array.astype(np.int64, copy=False)
+    if array.size and array.min() < 0:  # or beyond int64, in uint64
         raise InvalidInput(f"{what} holds a negative token id at position {int(array.argmin())}")
-    return array.astype(np.int64, copy=False)
+    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,14 +173,19 @@ class SamplingParams:
             raise InvalidInput(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not np.isfinite(self.temperature) or self.temperature < 0:
             raise InvalidInput(f"temperature must be finite and >= 0, got {self.temperature}")
-        if self.top_k != -1 and self.top_k < 1:
-            raise InvalidInput(f"top_k must be -1 (off) or at least 1, got {self.top_k}")
+        if self.top_k != -1 and not 1 <= self.top_k < 2**31:
+            raise InvalidInput(f"top_k must be -1 (off) or from 1 to 2**31 - 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InvalidInput(f"top_p must be in (0, 1], got {self.top_p}")
         _check_seed(self.seed)
         kinds = {type(item) for item in self.stop_list}
         if not (kinds <= {str} or kinds <= {int}):
             raise InvalidInput("stop must hold strings or token ids, not both")
+        for stop in self.stop_strings:
+            try:
+                stop.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidInput(f"stop must hold valid Unicode: {error}") from None
         if self.stop is not None and not isinstance(self.stop, str):
             object.__setattr__(self, "stop", self.stop_list)
 
@@ -299,6 +303,20 @@ class SampledSequence:
     stop_reason: StopReason
     topk_logprobs: TokenLogprobs | None = None
 
+    @classmethod
+    def of(cls, tokens: Sequence[SampledToken]) -> SampledSequence:
+        """What one sequence's streamed tokens make; cut short, it counts as out of length."""
+        k = len(tokens[0].topk_logprobs) if tokens else 0
+        pairs = np.array([t.topk_logprobs for t in tokens]).reshape(len(tokens), k, 2)
+        top = TokenLogprobs(pairs[..., 0].astype(np.int64), pairs[..., 1].astype(np.float32))
+        return cls(
+            np.array([t.token for t in tokens], np.int64),
+            np.array([t.logprob for t in tokens], np.float32),
+            np.array([t.version for t in tokens], np.int32),
+            (tokens[-1].stop_reason if tokens else None) or "length",
+            top if k else None,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class SampleResponse:
@@ -325,13 +343,15 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One streamed token; `stop_reason` is set on the last one of its sequence."""
+    """One streamed token; `stop_reason` is set on the last one of its sequence. If asked for,
+    `topk_logprobs` are the K likeliest tokens with their logprobs, likeliest first."""
 
     index: int
     token: int
     logprob: float
     version: int
     stop_reason: StopReason | None = None
+    topk_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,8 +413,11 @@ class TrainingRun:
 @dataclass(frozen=True)
 class Checkpoint:
     """An immutable checkpoint; `kind` is `weights` (with optimizer), `sampler_weights`, or
-    `external_weights` (a PEFT adapter to take elsewhere). `expires` is when it is deleted (Unix
-    seconds; None: never), `public` whether every owner that a gateway serves may read it."""
+    `external_weights` (a PEFT adapter to take elsewhere).
+
+    It is deleted at `expires` (Unix seconds; None: never). Where users have keys, a `public` one
+    can be read by all of them.
+    """
 
     path: str
     run_id: str
@@ -406,21 +429,6 @@ class Checkpoint:
     user_metadata: dict[str, Any] = field(default_factory=dict)
     expires: float | None = None
     public: bool = False
-
-
-def expiry(ttl_seconds: float | None) -> float | None:
-    """The Unix time that is so many seconds from now.
-
-    Raises:
-        InvalidInput: not a positive number, or over a hundred years.
-    """
-    if ttl_seconds is None:
-        return None
-    if not 0 < ttl_seconds <= MAX_TTL_S:
-        raise InvalidInput(
-            f"ttl_seconds must be above 0 and at most a hundred years, got {ttl_seconds!r}"
-        )
-    return time.time() + ttl_seconds
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checks of a batch of datums at the learner's door. Each message names datum and field."""
+"""Checks at the door. Those of a batch of datums name the datum and the field."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ import numpy as np
 
 from .errors import InvalidInput
 from .types import Datum
+
+MAX_TTL_S = 100 * 365 * 86400
+
+
+def check_ttl(ttl_seconds: int | None) -> int | None:
+    """
+    Raises:
+        InvalidInput: it is neither None nor a positive integer of at most a hundred years.
+    """
+    good = isinstance(ttl_seconds, int) and not isinstance(ttl_seconds, bool)
+    if ttl_seconds is not None and not (good and 0 < ttl_seconds <= MAX_TTL_S):
+        raise InvalidInput(
+            "ttl_seconds must be a positive integer of at most a hundred years, or None; "
+            f"got {ttl_seconds!r}"
+        )
+    return ttl_seconds
 
 
 def validate_datums(

@@ -211,6 +211,19 @@ async def test_a_stream_yields_the_tokens_that_sample_returns(base):
         assert [t.stop_reason for t in streamed[index]] == [None] * 11 + ["length"]
 
 
+async def test_a_streamed_token_comes_with_the_likeliest_ones_if_asked_for(base):
+    whole = await base.sample(PROMPT, 2, params(seed=2), topk_sample_logprobs=3)
+    streamed: dict[int, list] = {0: [], 1: []}
+    async for token in base.sample_stream(PROMPT, 2, params(seed=2), topk_sample_logprobs=3):
+        streamed[token.index].append(token)
+    for index, sequence in enumerate(whole.sequences):
+        got = tinsmith.SampledSequence.of(streamed[index])
+        np.testing.assert_array_equal(got.tokens, sequence.tokens)
+        top, expected = got.topk_logprobs, sequence.topk_logprobs
+        np.testing.assert_array_equal(top.tokens, expected.tokens)
+        np.testing.assert_allclose(top.logprobs, expected.logprobs, atol=1e-5)
+
+
 async def drain(stream) -> None:
     async for _ in stream:
         pass
@@ -288,7 +301,7 @@ async def test_weights_may_be_made_the_newest_without_pinning_them_or_what_comes
     training = await new_run(service)
     await learn(training)
     await training._submit("publish", keep=False, every_step=False)
-    grant = await Op(service._controller.call("grant_sampler", MODEL, PolicyRef(training.run_id)))
+    grant = await Op(service.controller.call("grant_sampler", MODEL, PolicyRef(training.run_id)))
     newest = SamplingClient(completed(grant))
 
     async def version() -> int:

@@ -244,6 +244,23 @@ def test_stable_reinforce_uses_what_the_sampler_recorded(training, recording):
     assert result.metrics["loss:sum"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_stable_reinforce_takes_any_targets_before_the_sampled_ones(training, recording):
+    """The cookbook's rl_loop writes zeros."""
+    datums, _ = sampled_datums(recording, STARTS, [1.0, -0.5])
+    zeroed = []
+    for datum, start in zip(datums, STARTS, strict=True):
+        targets = datum.loss_fn_inputs["target_tokens"].to_numpy().copy()
+        targets[: len(start) - 1] = 0
+        inputs = {**datum.loss_fn_inputs, "target_tokens": types.TensorData.from_numpy(targets)}
+        spans = datum.model_input_spans, datum.loss_fn_input_spans
+        zeroed.append(types.Datum(datum.model_input, inputs, *spans))
+    losses = [
+        training.forward_backward(data, "stable_reinforce").result().metrics["loss:sum"]
+        for data in (datums, zeroed)
+    ]
+    assert losses[0] == losses[1]
+
+
 def refused(training, datums, match):
     with pytest.raises(tinker.RequestFailedError, match=match) as caught:
         training.forward_backward(datums, "stable_reinforce").result()

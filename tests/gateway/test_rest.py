@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import peft
+import pyrage
 import pytest
 import tinker
 import torch
@@ -270,3 +271,22 @@ def test_addresses_of_files_are_good_for_their_files_alone(url, trained):
         httpx.get(config.replace("adapter_config.json", "optimizer.safetensors")).status_code == 404
     )
     assert httpx.get(config.replace("signed", "kept")).status_code == 404
+
+
+def test_an_encrypted_export_is_for_its_recipients_alone(trained, rest):
+    _, training = trained
+    identity, other = (pyrage.x25519.Identity.generate() for _ in range(2))
+    plain, sealed = (
+        training.save_weights_external(name, age_encryption_recipients=recipients).result().path
+        for name, recipients in (("plain", None), ("sealed", [str(identity.to_public())]))
+    )
+    expected, urls = (rest.get_external_weights_urls(p).result().urls for p in (plain, sealed))
+    assert set(urls) == {f"{name}.age" for name in expected}
+    for name, url in expected.items():
+        data = httpx.get(urls[f"{name}.age"]).content
+        assert pyrage.decrypt(data, [identity]) == httpx.get(url).content
+        with pytest.raises(pyrage.DecryptError):
+            pyrage.decrypt(data, [other])
+    for recipients in (["age1nobody"], ["ssh-rsa nobody"], [str(other.to_public())] * 11):
+        with pytest.raises(tinker.RequestFailedError, match="recipient"):
+            training.save_weights_external("bad", age_encryption_recipients=recipients).result()

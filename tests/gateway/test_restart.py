@@ -22,10 +22,17 @@ from tests.tiny import make_tiny_model
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 LONG = types.SamplingParams(max_tokens=400, stop=[], seed=1)
-DATUM = types.Datum(
-    model_input=types.ModelInput.from_ints([i % 300 + 1 for i in range(400)]),
-    loss_fn_inputs={"target_tokens": [2] * 400, "weights": [1.0] * 400},
-)
+
+
+def datum(first: int = 1) -> types.Datum:
+    """Different ones share no prefix, and so no work."""
+    return types.Datum(
+        model_input=types.ModelInput.from_ints([first, *(i % 300 + 1 for i in range(399))]),
+        loss_fn_inputs={"target_tokens": [2] * 400, "weights": [1.0] * 400},
+    )
+
+
+DATUM = datum()
 
 
 class Server:
@@ -114,15 +121,26 @@ class Work:
             assert "protobuf" in answer.headers["content-type"]
         lost = server.post("retrieve_future", request_id=f"{self.sampler._sampling_session_id}:777")
         assert lost.status_code == 410
+        sampled = self.sampler.sample(prompt([1, 2]), 1, LONG).result().sequences[0].tokens
+        assert sampled == self.finished
+        again = self.client.create_training_client_from_state_with_optimizer(self.saved).result()
+        assert again.forward([DATUM], "cross_entropy").result().metrics["loss:sum"] == self.loss
+
+    def goes_on(self, steps: int) -> None:
+        """The run is where it was, the gradient of `steps` backward passes still to be applied."""
+        assert self.train().metrics["loss:sum"] == self.loss
+        norm = self.training.optim_step(types.AdamParams()).result().metrics["grad_norm"]
+        one = self.client.create_training_client_from_state(self.saved).result()
+        one.forward_backward([DATUM], "cross_entropy")
+        alone = one.optim_step(types.AdamParams()).result().metrics["grad_norm"]
+        assert norm == pytest.approx(alone * steps, rel=1e-3)
+
+    def is_lost(self) -> None:
         started = time.monotonic()
         with pytest.raises(tinker.RequestFailedError, match="no longer in memory") as caught:
             self.train()
         assert caught.value.category is types.RequestErrorCategory.User
         assert time.monotonic() - started < 30
-        again = self.client.create_training_client_from_state_with_optimizer(self.saved).result()
-        assert again.forward([DATUM], "cross_entropy").result().metrics["loss:sum"] == self.loss
-        sampled = self.sampler.sample(prompt([1, 2]), 1, LONG).result().sequences[0].tokens
-        assert sampled == self.finished
 
 
 def test_interrupted_it_finishes_what_is_under_way(server):
@@ -138,6 +156,7 @@ def test_interrupted_it_finishes_what_is_under_way(server):
     for request in under_way:
         assert len(request.result().loss_fn_outputs) == 200
     work.still_there(server, left)
+    work.goes_on(1 + 4 * 200 + 1)
 
 
 def test_killed_it_knows_what_was_finished(server):
@@ -146,7 +165,10 @@ def test_killed_it_knows_what_was_finished(server):
     for request_id in left:
         server.post("retrieve_future", request_id=request_id)
     samples = [work.sampler.sample(prompt([1, 2]), 16, LONG) for _ in range(4)]
-    lost = work.training.forward_backward([DATUM] * 400, "cross_entropy")
+    lost = [
+        work.training.forward_backward([datum(i) for i in range(300)], "cross_entropy")
+        for _ in range(3)
+    ][-1]
     time.sleep(0.3)
     server.kill()
     starting = threading.Thread(target=server.start)
@@ -157,3 +179,4 @@ def test_killed_it_knows_what_was_finished(server):
     with pytest.raises(tinker.RequestFailedError, match=r"server stopped|no longer in memory"):
         lost.result()
     work.still_there(server, left)
+    work.is_lost()

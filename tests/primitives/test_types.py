@@ -37,6 +37,7 @@ def test_a_datum_takes_lists_and_tensors_and_keeps_floats_as_float32():
     [
         ([[1, 2]], r"model_input must be one-dimensional, got shape \(1, 2\)"),
         ([1.5], "model_input must be integer token ids, got dtype float64"),
+        ([2**63], "model_input holds a negative token id at position 0"),
         (["a"], "model_input must be integer token ids"),
         ([1, -3], "model_input holds a negative token id at position 1"),
     ],
@@ -95,8 +96,11 @@ def test_bad_adam_params_are_named(field, value):
         ("top_k", 0),
         ("top_p", 0),
         ("top_p", 1.1),
+        ("top_k", 2**31),
         ("seed", -1),
+        ("seed", 2**64),
         ("stop", ["a", 1]),
+        ("stop", "\ud800"),
     ],
 )
 def test_bad_sampling_params_are_named(field, value):
