@@ -424,7 +424,7 @@ class Gateway:
         grant = sampler.grant
         try:
             return await asyncio.shield(grant)
-        except TinsmithError:
+        except Exception:
             if sampler.grant is grant:
                 sampler.grant = None  # asked again next time
             raise
@@ -510,7 +510,12 @@ class Gateway:
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._spawned_done)
+
+    def _spawned_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("background work failed", exc_info=task.exception())
 
     async def keep_house(self) -> None:
         """Until cancelled: end lapsed sessions, unload idle models, forget what is too old."""

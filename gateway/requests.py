@@ -6,10 +6,11 @@ place in the run's log.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..primitives.errors import InvalidInput
 from ..primitives.types import AdamParams, LoraConfig, SamplingParams
@@ -17,7 +18,16 @@ from .wire import fill_csr
 
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 SeqId = Annotated[int, Field(ge=0, lt=1 << 62)]
-Metadata = dict[str, Any]
+
+
+def _sendable(value: Any) -> Any:
+    """What came in as JSON must go out as JSON: no NaN, no half of a surrogate pair."""
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_sendable)]
+Text = Annotated[str, AfterValidator(_sendable)]
 MAX_RANK = 4096
 
 
@@ -30,7 +40,7 @@ class CreateSession(Body):
     user_metadata: Metadata | None = None
     sdk_version: str = ""
     project_id: str | None = None
-    display_name: str | None = None
+    display_name: Text | None = None
 
 
 class SessionRef(Body):
@@ -43,7 +53,7 @@ class FinishReason(Body):
 
 class FinishSession(Body):
     reason: FinishReason = FinishReason()
-    detail: str | None = None
+    detail: Text | None = None
 
 
 class Lora(Body):
@@ -293,7 +303,7 @@ class StatusQuery(Body):
 
 class SearchSessions(Body):
     session_id: str | None = None
-    display_name: str | None = None
+    display_name: Text | None = None
     user_metadata: Metadata = {}
     limit: Annotated[int, Field(ge=1, le=200)] = 50
     cursor: dict[str, Any] | None = None

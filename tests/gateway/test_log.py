@@ -201,6 +201,16 @@ def test_large_answers_are_announced(raw, training, monkeypatch):
     assert training.forward_backward(data, "cross_entropy").result().metrics["loss:sum"] > 0
 
 
+def test_draining_lets_in_what_others_wait_for(service, sdk_environment):
+    with serving(service) as (url, gateway):
+        raw = Raw(url)
+        second = raw.train(2)
+        gateway.draining = True
+        assert raw.send(raw.message(3)).status_code == 503
+        first = raw.train(1)
+        assert raw.wait(first) == raw.wait(second)
+
+
 # ---- back-pressure ----
 
 
@@ -289,7 +299,8 @@ def test_many_samples_are_waited_for_at_once(service, sdk_environment):
             with pytest.raises(tinker.RequestFailedError, match="512"):
                 failing.result()
             assert tokens[0] == tokens[9] == tokens[198]
-        until(lambda: not gateway._sessions)
+            session_id = client.holder.get_session_id()
+        until(lambda: session_id not in gateway._sessions)
         assert not gateway.completions._channels  # nothing is kept of a session that is over
 
 
