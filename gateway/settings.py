@@ -16,7 +16,7 @@ class Settings:
             folder and, without a key file, whatever else `base_model` may name.
         max_body_bytes: of one request, as it arrives.
         max_decoded_bytes: of one request once decompressed and its sparse tensors are filled in.
-        max_pending_samples: sampling requests under way at once; beyond, 429.
+        max_pending_samples: sampling requests of one session under way at once; beyond, 429.
         max_pending_bytes: of training requests that wait; beyond, 429.
         session_timeout_s: without a heartbeat for this long (clients send one every 10 s) a
             session's runs and samplers are let go.

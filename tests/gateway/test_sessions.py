@@ -167,7 +167,10 @@ def test_idle_models_are_unloaded_and_loaded_again(service, sdk_environment):
         before = sampler.sample(prompt([1, 2]), 1, params).result().sequences[0].tokens
         time.sleep(4)
         assert "tiny-qwen3" in gateway._used  # there is a run on it
-        service.controller.call("close_run", training.model_id).result()
+        assert training.model_id in [run.run_id for run in service.list_training_runs().result()]
+        for run in service.list_training_runs().result():  # those of other tests too
+            if run.base_model == "tiny-qwen3":
+                service.close_training_run(run.run_id).result()
         until(lambda: "tiny-qwen3" not in gateway._used)
         after = sampler.sample(prompt([1, 2]), 1, params).result().sequences[0].tokens
         assert after == before
