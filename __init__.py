@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .primitives.op import Op
     from .primitives.paths import default_home
+    from .primitives.trajectory_json import trajectory_from_json
     from .primitives.types import (
         AdamParams,
         Checkpoint,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         SaveResponse,
         Segment,
         ServerCapabilities,
+        TokenLogprobs,
         TrainingInfo,
         TrainingRun,
         Trajectory,
@@ -70,6 +72,7 @@ _HOMES = {
     ],
     "primitives.op": ["Op"],
     "primitives.paths": ["default_home"],
+    "primitives.trajectory_json": ["trajectory_from_json"],
     "primitives.types": [
         "AdamParams",
         "Checkpoint",
@@ -86,6 +89,7 @@ _HOMES = {
         "SaveResponse",
         "Segment",
         "ServerCapabilities",
+        "TokenLogprobs",
         "TrainingInfo",
         "TrainingRun",
         "Trajectory",

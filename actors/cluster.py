@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..primitives.paths import default_home
 from ..primitives.sync import SyncClient, run_blocking
 
 NAMESPACE = "tinsmith"
+_ADDRESS = re.compile(r"(ray://)?[^/\s]+:\d+")
 
 
 class Connection:
@@ -61,7 +63,8 @@ def connect(
 
     Args:
         address: None starts a cluster on this machine, which ends with `service.close()` or this
-            process; "auto" joins one that runs here; "ray://host:port" one elsewhere.
+            process; "auto" joins one that runs here, "host:port" the one with that head, and
+            "ray://host:port" one elsewhere.
         home: where runs, checkpoints and models are kept (default: `$TINSMITH_HOME`, else
             `~/.tinsmith`).
         num_cpus: CPUs of a cluster started here (default: all).
@@ -72,8 +75,10 @@ def connect(
     Raises:
         Unavailable: no cluster answers at `address`.
     """
-    if address is not None and address != "auto" and not address.startswith("ray://"):
-        raise InvalidInput(f'address must be None, "auto" or "ray://host:port", got {address!r}')
+    if address is not None and address != "auto" and not _ADDRESS.fullmatch(address):
+        raise InvalidInput(
+            f'address must be None, "auto", "host:port" or "ray://host:port", got {address!r}'
+        )
     options = dict(
         num_cpus=num_cpus,
         verbose=verbose,
@@ -122,7 +127,7 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
     except BaseException:
         close()
         raise
-    return ServiceClient(handle, home, close)
+    return ServiceClient(handle, home, close, owns_cluster=local)
 
 
 def _join_ray(address: str | None, options: dict[str, Any]) -> None:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -17,9 +20,9 @@ from ..algorithms.losses import loss_names
 from ..engines import models
 from ..engines.backbone import SUPPORTED_FAMILIES
 from ..primitives.client import RunGrant, SamplerGrant
-from ..primitives.errors import InvalidInput, NotFound, Unavailable
+from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
 from ..primitives.op import Op
-from ..primitives.paths import CheckpointPath
+from ..primitives.paths import CheckpointPath, check_name
 from ..primitives.types import (
     Checkpoint,
     LoraConfig,
@@ -28,9 +31,11 @@ from ..primitives.types import (
     SupportedModel,
     TrainingRun,
 )
+from ..primitives.validation import check_ttl
+from .archive import adapter_files
 from .env_worker import EnvWorker
 from .handle import RayHandle
-from .learner import Learner
+from .learner import Learner, parked_folder
 from .registry import Registry
 from .sampler import Sampler
 from .storage import Storage
@@ -38,6 +43,9 @@ from .threads import ENGINE_ENV
 
 # Waiting operations are coroutines of the actor: let hundreds of clients keep hundreds each.
 MAX_WAITING_CALLS = 100_000
+EXPIRY_SECONDS = 60.0
+
+logger = logging.getLogger(__name__)
 
 
 class Controller:
@@ -57,8 +65,17 @@ class Controller:
         self.started: dict[tuple[str, str], asyncio.Task[RayHandle]] = {}
         self.models: dict[str, tuple[str, str]] = {}
         self.env_workers_running: list[RayHandle] = []
+        self.open_runs: dict[str, str] = {}  # run -> folder of the model whose learner holds it
+        self.openings: Counter[str] = Counter()  # how many are being opened, by that folder
+        # By run: who opens or closes it, and who gives or takes its checkpoints' names. Two locks,
+        # because opening a run may wait for saves, which end with the second.
+        self.opening: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.naming: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.expiry: asyncio.Task[None] | None = None
 
     async def ping(self) -> str:
+        if self.expiry is None:
+            self.expiry = asyncio.create_task(self._keep_deleting_expired())
         return self.home
 
     # ---- starting actors ----
@@ -103,6 +120,7 @@ class Controller:
         me = RayHandle(ray.get_runtime_context().current_actor, "controller")
 
         async def start() -> RayHandle:
+            self._forget_open_runs(path)  # they died with the learner before
             actor = (
                 ray.remote(Learner)
                 .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, runtime_env=ENGINE_ENV)
@@ -165,33 +183,152 @@ class Controller:
         optimizer: bool,
         user_metadata: dict[str, Any],
     ) -> RunGrant:
-        """A new run on `base_model` under `lora`, or from the checkpoint `path`."""
+        """A new run on `base_model` under `lora`, or from the checkpoint `path`.
+
+        Raises:
+            InvalidInput: there is a run of that id already.
+        """
+        check_name("run id", run_id)
         if path is not None:
-            _, manifest = await asyncio.to_thread(self.storage.read_checkpoint, path)
+            manifest = await asyncio.to_thread(self.storage.read_manifest, path)
             base_model, lora = manifest["base_model"], LoraConfig(**manifest["lora"])
         assert base_model is not None
         assert lora is not None
-        name, model_path = await self._model(base_model)
-        learner = await self._learner(base_model)
-        first = await Op(learner.call("open_run", run_id, lora, path, optimizer))
-        now = time.time()
-        self.registry.add_run(TrainingRun(run_id, name, lora, now, now, user_metadata))
-        return RunGrant(run_id, name, model_path, learner, first)
+        name, _ = await self._model(base_model)
+        async with self.opening[run_id]:
+            if self.registry.has_run(run_id):
+                raise InvalidInput(f"run {run_id!r} exists already; take another id, or resume it")
+            grant = await self._open(run_id, name, lora, path, optimizer)
+            now = time.time()
+            self.registry.add_run(TrainingRun(run_id, name, lora, now, now, user_metadata))
+        return grant
 
-    async def resume_run(self, run_id: str, path: str | None) -> RunGrant:
-        run = self.registry.run(run_id)
-        learner = await self._learner(run.base_model)
-        following = await Op(learner.call("take_over", run_id))
-        if path is not None or following is None:
+    async def resume_run(self, run_id: str, path: str | None, next_seq_id: int = 1) -> RunGrant:
+        """Go on with a run as its learner has it, where its log stands; or from `path` (default:
+        its newest `weights` checkpoint), with `next_seq_id` for the first operation's number."""
+        if next_seq_id < 1:
+            raise InvalidInput(f"next_seq_id must be at least 1, got {next_seq_id}")
+        async with self.opening[run_id]:
+            run = self.registry.run(run_id)
+            if path is None and run_id in self.open_runs:
+                learner = await self._learner(run.base_model)
+                following = await Op(learner.call("take_over", run_id))
+                if following is not None:
+                    self.registry.touch_run(run_id)
+                    name, model_path = await self._model(run.base_model)
+                    return RunGrant(run_id, name, model_path, learner, following)
             if path is None:
                 checkpoints = self.registry.checkpoints(run_id, "weights")
                 if not checkpoints:
                     raise NotFound(f"run {run_id!r} is not in memory and has no saved state")
                 path = checkpoints[0].path
-            following = await Op(learner.call("open_run", run_id, run.lora, path, True))
-        self.registry.touch_run(run_id)
-        name, model_path = await self._model(run.base_model)
-        return RunGrant(run_id, name, model_path, learner, following)
+            grant = await self._open(run_id, run.base_model, run.lora, path, True, next_seq_id)
+            self.registry.touch_run(run_id)
+        return grant
+
+    async def _open(
+        self,
+        run_id: str,
+        base_model: str,
+        lora: LoraConfig,
+        path: str | None,
+        optimizer: bool,
+        next_seq_id: int = 1,
+    ) -> RunGrant:
+        return await self._opened(
+            run_id, base_model, "open_run", lora, path, optimizer, next_seq_id
+        )
+
+    async def _opened(self, run_id: str, base_model: str, method: str, *args: Any) -> RunGrant:
+        """Have the learner open a run, by one of its methods that return the next number."""
+        name, model_path = await self._model(base_model)
+        self.openings[model_path] += 1
+        try:
+            learner = await self._learner(base_model)
+            first = await Op(learner.call(method, run_id, *args))
+            self.open_runs[run_id] = model_path
+        except BaseException:
+            self.open_runs.pop(run_id, None)  # a learner closes a run before it opens it again
+            raise
+        finally:
+            self.openings[model_path] -= 1
+        return RunGrant(run_id, name, model_path, learner, first)
+
+    async def park_runs(self) -> None:
+        """Write down all runs in memory, as they are, before the cluster ends."""
+        for run_id, path in list(self.open_runs.items()):
+            learner = self.started.get(("learner", path))
+            if learner is not None:
+                with contextlib.suppress(NotFound, Unavailable):  # a dead one holds nothing
+                    await Op((await asyncio.shield(learner)).call("park", run_id))
+
+    async def reopen_run(self, run_id: str) -> RunGrant:
+        """Go on with a run exactly where it is: in memory, or parked.
+
+        Raises:
+            NotFound: no such run, or it is neither.
+        """
+        async with self.opening[run_id]:
+            run = self.registry.run(run_id)
+            if run_id in self.open_runs:
+                with contextlib.suppress(NotFound, Unavailable):
+                    learner = await self._learner(run.base_model)
+                    following = await Op(learner.call("next_seq_id", run_id))
+                    name, path = await self._model(run.base_model)
+                    return RunGrant(run_id, name, path, learner, following)
+            if not await asyncio.to_thread(self.storage.exists, parked_folder(run_id)):
+                raise NotFound(f"run {run_id!r} is neither in memory nor parked")
+            return await self._opened(run_id, run.base_model, "unpark")
+
+    async def close_run(self, run_id: str) -> None:
+        """Free a run's memory in its learner and sampler; what was saved stays."""
+        self.registry.run(run_id)
+        async with self.opening[run_id]:
+            await self._close(self.registry.run(run_id))
+
+    async def _close(self, run: TrainingRun) -> None:
+        await self._tell("learner", run.base_model, "close_run", run.run_id)
+        # Also what a learner that died had published.
+        await self._tell("sampler", run.base_model, "drop_run", run.run_id)
+        self.open_runs.pop(run.run_id, None)
+        await asyncio.to_thread(self.storage.delete, parked_folder(run.run_id))
+
+    async def _tell(self, kind: str, base_model: str, method: str, *args: Any) -> None:
+        """Call a base model's actor, if there is one; a dead one holds nothing."""
+        task = self.started.get((kind, self._loaded(base_model) or ""))
+        if task is not None:
+            with contextlib.suppress(TinsmithError):
+                await Op((await asyncio.shield(task)).call(method, *args))
+
+    async def unload(self, base_model: str) -> bool:
+        """End a base model's learner and sampler; False while runs are open or being opened."""
+        path = self._loaded(base_model)
+        if path is None:
+            return True
+        learner = self.started.get(("learner", path))
+        if learner is not None:
+            try:
+                await Op((await asyncio.shield(learner)).call("settle"))
+            except TinsmithError:  # it died, or never started
+                if self.started.get(("learner", path)) is learner:
+                    self._forget_open_runs(path)
+        if self.openings[path] or path in self.open_runs.values():
+            return False
+        for kind in ("learner", "sampler"):
+            task = self.started.pop((kind, path), None)
+            if task is not None and task.done() and not task.exception():
+                ray.kill(task.result().actor)
+        return True
+
+    def _loaded(self, base_model: str) -> str | None:
+        """The folder of a base model that was used, by any of its names; never fetches one."""
+        for asked, (name, path) in self.models.items():
+            if base_model in (asked, name, path):
+                return path
+        return None
+
+    def _forget_open_runs(self, path: str) -> None:
+        self.open_runs = {run: where for run, where in self.open_runs.items() if where != path}
 
     async def list_runs(self) -> list[TrainingRun]:
         return self.registry.runs()
@@ -200,15 +337,19 @@ class Controller:
         return self.registry.run(run_id)
 
     async def delete_run(self, run_id: str) -> None:
-        self.registry.run(run_id)
-        for (kind, _), task in list(self.started.items()):
-            if kind == "learner":
-                with contextlib.suppress(Unavailable):  # a dead one holds nothing
-                    await Op((await asyncio.shield(task)).call("close_run", run_id))
-        await asyncio.to_thread(self.storage.delete, f"runs/{run_id}")
-        self.registry.delete_run(run_id)
+        async with self.opening[run_id]:
+            run = self.registry.run(run_id)
+            await self._close(run)
+            # What it was saving when it was closed would be written into the folder being deleted.
+            await self._tell("learner", run.base_model, "settle")
+            async with self.naming[run_id]:
+                checkpoints = self.registry.checkpoints(run_id)
+                await asyncio.to_thread(self.storage.delete, f"runs/{run_id}")
+                self.registry.delete_run(run_id)
+        for checkpoint in checkpoints:
+            await self._tell("sampler", run.base_model, "drop_run", checkpoint.path)
 
-    # ---- samplers and checkpoints ----
+    # ---- samplers ----
 
     async def grant_sampler(self, base_model: str, policy: PolicyRef) -> SamplerGrant:
         name, path = await self._model(base_model)
@@ -216,25 +357,119 @@ class Controller:
 
     async def grant_checkpoint_sampler(self, path: str) -> SamplerGrant:
         """Load a saved adapter into its base model's sampler, under its path as name."""
-        files, manifest = await asyncio.to_thread(self.storage.read_checkpoint, path)
+        manifest = await asyncio.to_thread(self.storage.read_manifest, path)
+        files = await asyncio.to_thread(adapter_files, self.storage, path)
         version, lora = manifest["version"], LoraConfig(**manifest["lora"])
         grant = await self.grant_sampler(manifest["base_model"], PolicyRef(path, version))
         await Op(grant.sampler.call("add_adapter_files", path, version, lora, files))
         return grant
 
-    async def record_checkpoint(self, checkpoint: Checkpoint) -> None:
-        self.registry.add_checkpoint(checkpoint)
-        self.registry.touch_run(checkpoint.run_id)
+    # ---- checkpoints: each change of a run's names under that run's lock ----
+
+    async def add_checkpoint(self, checkpoint: Checkpoint, staged: str, overwrite: bool) -> None:
+        """Give what a learner staged its name.
+
+        Raises:
+            InvalidInput: the name is taken.
+            NotFound: the run was deleted meanwhile.
+        """
+        async with self.naming[checkpoint.run_id]:
+            try:
+                self.registry.run(checkpoint.run_id)
+                if not overwrite:
+                    self._check_free(checkpoint.path)
+                folder = CheckpointPath.parse(checkpoint.path).folder
+                await asyncio.to_thread(self.storage.commit, staged, folder)
+            except BaseException:
+                await asyncio.to_thread(self.storage.delete, staged)
+                raise
+            self.registry.add_checkpoint(checkpoint)
+            self.registry.touch_run(checkpoint.run_id)
+
+    def _check_free(self, path: str) -> None:
+        with contextlib.suppress(NotFound):
+            self.registry.checkpoint(path)
+            raise InvalidInput(f"{path} exists already; take another name, or overwrite=True")
+
+    async def copy_checkpoint(self, source_path: str, run_id: str) -> str:
+        """Copy a checkpoint's files to another run, under the same kind and name.
+
+        Raises:
+            InvalidInput: the name is taken, or the run has another base model or LoRA.
+        """
+        source, run = self.registry.checkpoint(source_path), self.registry.run(run_id)
+        origin = self.registry.run(source.run_id)
+        if (origin.base_model, replace(origin.lora, seed=None)) != (
+            run.base_model,
+            replace(run.lora, seed=None),
+        ):
+            raise InvalidInput(
+                f"{source_path} is of {origin.base_model} with {origin.lora}; "
+                f"run {run_id} of {run.base_model} with {run.lora}"
+            )
+        target = CheckpointPath(run_id, source.kind, source.name)
+        self._check_free(str(target))
+        staged, size = await asyncio.to_thread(self.storage.stage_copy, source_path, target.folder)
+        copied = replace(
+            source,
+            path=str(target),
+            run_id=run_id,
+            created=time.time(),
+            size_bytes=size,
+            expires=None,
+            public=False,
+        )
+        await self.add_checkpoint(copied, staged, overwrite=False)
+        return copied.path
 
     async def list_checkpoints(self, run_id: str | None) -> list[Checkpoint]:
         if run_id is not None:
             self.registry.run(run_id)
         return self.registry.checkpoints(run_id)
 
+    async def get_checkpoint(self, path: str) -> Checkpoint:
+        return self.registry.checkpoint(path)
+
+    async def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> None:
+        """Delete a checkpoint that long from now; None: never."""
+        check_ttl(ttl_seconds)
+        self.registry.set_expires(path, None if ttl_seconds is None else time.time() + ttl_seconds)
+
+    async def publish_checkpoint(self, path: str, public: bool) -> None:
+        self.registry.set_public(path, public)
+
     async def delete_checkpoint(self, path: str) -> None:
-        folder = CheckpointPath.parse(path).folder
+        checkpoint = self.registry.checkpoint(path)
+        async with self.naming[checkpoint.run_id]:
+            self.registry.checkpoint(path)
+            await self._delete_files(path)
+        await self._drop_from_sampler(checkpoint)
+
+    async def delete_expired(self) -> None:
+        for checkpoint in self.registry.expired_checkpoints():
+            async with self.naming[checkpoint.run_id]:
+                # Looked up again: it may have been saved anew while this waited.
+                if checkpoint not in self.registry.expired_checkpoints():
+                    continue
+                await self._delete_files(checkpoint.path)
+            await self._drop_from_sampler(checkpoint)
+
+    async def _delete_files(self, path: str) -> None:
+        await asyncio.to_thread(self.storage.delete, CheckpointPath.parse(path).folder)
         self.registry.delete_checkpoint(path)
-        await asyncio.to_thread(self.storage.delete, folder)
+
+    async def _drop_from_sampler(self, checkpoint: Checkpoint) -> None:
+        with contextlib.suppress(NotFound):  # the run was deleted meanwhile
+            run = self.registry.run(checkpoint.run_id)
+            await self._tell("sampler", run.base_model, "drop_run", checkpoint.path)
+
+    async def _keep_deleting_expired(self) -> None:
+        while True:
+            try:
+                await self.delete_expired()
+            except Exception:
+                logger.exception("deleting expired checkpoints failed; trying again")
+            await asyncio.sleep(EXPIRY_SECONDS)
 
     async def capabilities(self) -> ServerCapabilities:
         found = await asyncio.to_thread(models.local_models, self.home)

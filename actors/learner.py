@@ -12,13 +12,12 @@ import contextlib
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import safetensors.torch
-import torch
 
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
@@ -33,10 +32,17 @@ from ..primitives.types import (
     SaveResponse,
     TrainingInfo,
 )
+from ..primitives.validation import check_ttl
 from .storage import MANIFEST, Storage
 from .threads import set_engine_threads
 
 RESULTS_KEPT = 4096
+PARKED = "state.safetensors"
+
+
+def parked_folder(run_id: str) -> str:
+    """Below the storage root: where a run waits for its learner to be started again."""
+    return f"runs/{run_id}/parked"
 
 
 @dataclass
@@ -48,11 +54,12 @@ class Entry:
 
 @dataclass
 class RunLog:
-    """One run's operations: those waiting by number, and the results of those applied."""
+    """One run's operations: those waiting by number, and the results of those applied.
+    `publish_steps`: every operation that changes the weights publishes them."""
 
     run_id: str
     next_seq_id: int = 1
-    live: bool = False
+    publish_steps: bool = False
     publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: dict[int, Entry] = field(default_factory=dict)
     results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
@@ -79,7 +86,6 @@ class Learner:
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.finishing: set[asyncio.Task[None]] = set()
-        self.saving: set[CheckpointPath] = set()
         self.writing = asyncio.Lock()
         self.wake = asyncio.Event()
         self.pump: asyncio.Task[None] | None = None
@@ -107,9 +113,15 @@ class Learner:
     # ---- runs ----
 
     async def open_run(
-        self, run_id: str, lora: LoraConfig, path: str | None, optimizer: bool
+        self,
+        run_id: str,
+        lora: LoraConfig,
+        path: str | None,
+        optimizer: bool,
+        next_seq_id: int = 1,
     ) -> int:
-        """Start a run, afresh or from a checkpoint; returns the number of its first operation."""
+        """Start a run, afresh or from a checkpoint; returns the number of its first operation,
+        `next_seq_id`."""
         if run_id in self.logs:
             await self.close_run(run_id)
         await self._in_engine(self.engine.create_run, run_id, lora)
@@ -120,9 +132,58 @@ class Learner:
         except BaseException:
             await self._in_engine(self.engine.drop_run, run_id)
             raise
-        self.logs[run_id] = RunLog(run_id)
+        self.logs[run_id] = RunLog(run_id, next_seq_id)
         self.turn.append(run_id)
-        return 1
+        return next_seq_id
+
+    async def open_runs(self) -> list[str]:
+        return list(self.logs)
+
+    async def next_seq_id(self, run_id: str) -> int:
+        """
+        Raises:
+            NotFound: the run is not open here.
+        """
+        return self._log(run_id).next_seq_id
+
+    async def park(self, run_id: str) -> None:
+        """Write down a run as it is, half-accumulated gradient and all, for `unpark`."""
+        log = self._log(run_id)
+        state = await self._in_engine(self.engine.state, run_id, True)
+        run = self.engine.runs[run_id]
+        manifest = {
+            "lora": asdict(run.config),
+            "version": run.version,
+            "next_seq_id": log.next_seq_id,
+            "publish_steps": log.publish_steps,
+        }
+        files = {
+            PARKED: safetensors.torch.save(state),
+            MANIFEST: json.dumps(manifest, indent=1).encode(),
+        }
+        folder = parked_folder(run_id)
+        staged = await asyncio.to_thread(self.storage.stage, folder, files)
+        await asyncio.to_thread(self.storage.commit, staged, folder)
+
+    async def unpark(self, run_id: str) -> int:
+        """Open a parked run exactly as it was, its weights published; returns the number of its
+        next operation.
+
+        Raises:
+            NotFound: it is not parked.
+        """
+        folder = parked_folder(run_id)
+        files = await asyncio.to_thread(self.storage.read, folder)
+        manifest, state = json.loads(files[MANIFEST]), safetensors.torch.load(files[PARKED])
+        await self._in_engine(self.engine.create_run, run_id, LoraConfig(**manifest["lora"]))
+        params, version = state.pop("params"), manifest["version"]
+        await self._in_engine(self.engine.load, run_id, params, state, version)
+        log = RunLog(run_id, manifest["next_seq_id"], manifest["publish_steps"])
+        self.logs[run_id] = log
+        self.turn.append(run_id)
+        await (await self._in_engine(self._publication, run_id, False))
+        await asyncio.to_thread(self.storage.delete, folder)
+        return log.next_seq_id
 
     async def take_over(self, run_id: str) -> int | None:
         """Where a new client's operations go on, after all that has arrived; None if the run is
@@ -147,9 +208,14 @@ class Learner:
             if not entry.future.done():
                 entry.future.set_exception(NotFound(f"run {run_id} was closed"))
         await self._in_engine(self.engine.drop_run, run_id)
-        if self.sampler is not None:
-            with contextlib.suppress(Unavailable):  # a dead one holds nothing
-                await Op(self.sampler.call("drop_run", run_id))
+        async with log.publishing:  # what is on its way to the sampler arrives before it is dropped
+            if self.sampler is not None:
+                with contextlib.suppress(Unavailable):  # a dead one holds nothing
+                    await Op(self.sampler.call("drop_run", run_id))
+
+    async def settle(self) -> None:
+        """Wait until what is being saved is saved."""
+        await self._settle_writes()
 
     # ---- the log ----
 
@@ -258,20 +324,15 @@ class Learner:
         return self.engine.forward_backward(log.run_id, **args)
 
     def _op_optim_step(self, log: RunLog, adam_params: Any) -> Any:
-        response = self.engine.optim_step(log.run_id, adam_params)
-        if not log.live:
-            return response
-        publication = self._publication(log.run_id, keep=False)
+        return self._with_publication(log, self.engine.optim_step(log.run_id, adam_params))
 
-        async def publish() -> Any:
-            await publication
-            return response
-
-        return publish()
-
-    def _op_publish(self, log: RunLog, live: bool) -> Coroutine[Any, Any, PublishResponse]:
-        log.live = log.live or live
-        return self._publication(log.run_id, keep=not live)
+    def _op_publish(
+        self, log: RunLog, keep: bool, every_step: bool
+    ) -> Coroutine[Any, Any, PublishResponse]:
+        """Make the weights the run's newest. `keep` holds this version for clients pinned to it
+        when newer ones come; `every_step` publishes after every later step too."""
+        log.publish_steps = log.publish_steps or every_step
+        return self._publication(log.run_id, keep)
 
     def _op_get_info(self, log: RunLog) -> TrainingInfo:
         backbone, run = self.engine.backbone, self.engine.runs[log.run_id]
@@ -286,32 +347,18 @@ class Learner:
             run.layout.size,
         )
 
-    def _op_save_state(
-        self, log: RunLog, name: str, user_metadata: dict[str, Any], overwrite: bool
-    ) -> Coroutine[Any, Any, SaveResponse]:
-        path = CheckpointPath(log.run_id, "weights", name)
-        state = self.engine.state(log.run_id)
-        return self._save(path, state, user_metadata, overwrite)
+    def _op_save_state(self, log: RunLog, name: str, **how: Any) -> Any:
+        return self._save(CheckpointPath(log.run_id, "weights", name), **how)
 
-    def _op_save_weights_for_sampler(
-        self, log: RunLog, name: str, overwrite: bool
-    ) -> Coroutine[Any, Any, SaveResponse]:
-        path = CheckpointPath(log.run_id, "sampler_weights", name)
-        state = {"params": self.engine.export(log.run_id)}
-        return self._save(path, state, {}, overwrite)
+    def _op_save_weights_for_sampler(self, log: RunLog, name: str, **how: Any) -> Any:
+        return self._save(CheckpointPath(log.run_id, "sampler_weights", name), **how)
+
+    def _op_save_weights_external(self, log: RunLog, name: str, **how: Any) -> Any:
+        return self._save(CheckpointPath(log.run_id, "external_weights", name), **how)
 
     def _op_load_state(self, log: RunLog, path: str, optimizer: bool) -> Any:
         self._load_checkpoint(log.run_id, path, optimizer, False)
-        response = SaveResponse(path)
-        if not log.live:
-            return response
-        publication = self._publication(log.run_id, keep=False)
-
-        async def publish() -> SaveResponse:
-            await publication
-            return response
-
-        return publish()
+        return self._with_publication(log, SaveResponse(path))
 
     # ---- publishing and checkpoints ----
 
@@ -320,6 +367,18 @@ class Learner:
             self.sampler = await Op(self.controller.call("sampler_handle", self.base_model))
         assert self.sampler is not None
         return self.sampler
+
+    def _with_publication(self, log: RunLog, response: Any) -> Any:
+        """`response`, once the weights that came with it are published, if they are to be."""
+        if not log.publish_steps:
+            return response
+        publication = self._publication(log.run_id, keep=False)
+
+        async def publish() -> Any:
+            await publication
+            return response
+
+        return publish()
 
     def _publication(self, run_id: str, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
         run = self.engine.runs[run_id]
@@ -342,48 +401,50 @@ class Learner:
     def _save(
         self,
         path: CheckpointPath,
-        state: dict[str, torch.Tensor],
-        user_metadata: dict[str, Any],
-        overwrite: bool,
+        user_metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        ttl_seconds: int | None = None,
     ) -> Coroutine[Any, Any, SaveResponse]:
-        taken = path in self.saving or self.storage.exists(path.folder)
-        if taken and not overwrite:
-            raise InvalidInput(f"{path} exists already; take another name, or overwrite=True")
-        self.saving.add(path)
+        check_ttl(ttl_seconds)
+        metadata = dict(user_metadata or {})
         run = self.engine.runs[path.run_id]
+        if path.kind == "weights":
+            state = self.engine.state(path.run_id)
+        else:
+            state = {"params": self.engine.export(path.run_id)}
         version, layout = run.version, run.layout
         manifest = {
             "base_model": self.base_model,
             "lora": asdict(run.config),
             "version": version,
-            "user_metadata": user_metadata,
+            "user_metadata": metadata,
         }
 
-        def write() -> Checkpoint:
+        def write() -> tuple[Checkpoint, str]:
             params = state.pop("params")
             files = adapter_files.write_adapter(layout, params, self.base_model)
             if state:
                 files["optimizer.safetensors"] = safetensors.torch.save(state)
             files[MANIFEST] = json.dumps(manifest, indent=1).encode()
-            size = self.storage.write(path.folder, files)
-            return Checkpoint(
+            staged, now = self.storage.stage(path.folder, files), time.time()
+            checkpoint = Checkpoint(
                 str(path),
                 path.run_id,
                 path.kind,
                 path.name,
                 version,
-                time.time(),
-                size,
-                user_metadata,
+                now,
+                sum(map(len, files.values())),
+                metadata,
+                None if ttl_seconds is None else now + ttl_seconds,
             )
+            return checkpoint, staged
 
         async def save() -> SaveResponse:
             async with self.writing:  # in order: of two saves by one name the later one stays
-                try:
-                    checkpoint = await asyncio.to_thread(write)
-                finally:
-                    self.saving.discard(path)
-                await Op(self.controller.call("record_checkpoint", checkpoint))
+                checkpoint, staged = await asyncio.to_thread(write)
+                # The controller alone gives out names: saving, copying and deleting cannot collide.
+                await Op(self.controller.call("add_checkpoint", checkpoint, staged, overwrite))
             return SaveResponse(str(path))
 
         return save()

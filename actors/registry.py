@@ -19,8 +19,11 @@ CREATE TABLE IF NOT EXISTS runs (
 CREATE TABLE IF NOT EXISTS checkpoints (
     path TEXT PRIMARY KEY, run_id TEXT NOT NULL REFERENCES runs(run_id) ON DELETE CASCADE,
     kind TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, created REAL NOT NULL,
-    size_bytes INTEGER NOT NULL, user_metadata TEXT NOT NULL);
+    size_bytes INTEGER NOT NULL, user_metadata TEXT NOT NULL,
+    expires REAL, public INTEGER NOT NULL DEFAULT 0);
 """
+# What came after the first version; added to the files that it wrote.
+ADDED = {"expires": "REAL", "public": "INTEGER NOT NULL DEFAULT 0"}
 
 
 class Registry:
@@ -32,6 +35,20 @@ class Registry:
         self.db.execute("PRAGMA journal_mode=WAL")
         self.db.execute("PRAGMA foreign_keys=ON")
         self.db.executescript(SCHEMA)
+        self._add_columns()
+
+    def _add_columns(self) -> None:
+        if self._missing_columns():
+            self.db.execute(
+                "BEGIN IMMEDIATE"
+            )  # and look again: another process may have added them
+            for name in self._missing_columns():
+                self.db.execute(f"ALTER TABLE checkpoints ADD COLUMN {name} {ADDED[name]}")
+            self.db.execute("COMMIT")
+
+    def _missing_columns(self) -> list[str]:
+        there = {row["name"] for row in self.db.execute("PRAGMA table_info(checkpoints)")}
+        return [name for name in ADDED if name not in there]
 
     def add_run(self, run: TrainingRun) -> None:
         self.db.execute(
@@ -55,6 +72,11 @@ class Registry:
             raise NotFound(f"no run {run_id!r}; list_training_runs() shows those there are")
         return _run(row)
 
+    def has_run(self, run_id: str) -> bool:
+        return (
+            self.db.execute("SELECT 1 FROM runs WHERE run_id=?", (run_id,)).fetchone() is not None
+        )
+
     def runs(self) -> list[TrainingRun]:
         return [_run(r) for r in self.db.execute("SELECT * FROM runs ORDER BY created DESC")]
 
@@ -62,17 +84,19 @@ class Registry:
         self.run(run_id)
         self.db.execute("DELETE FROM runs WHERE run_id=?", (run_id,))
 
+    # Checkpoints past their time are no longer there for anyone but `expired_checkpoints`.
+
     def add_checkpoint(self, checkpoint: Checkpoint) -> None:
         row: dict[str, Any] = asdict(checkpoint)
         row["user_metadata"] = json.dumps(checkpoint.user_metadata)
-        self.db.execute(
-            "INSERT OR REPLACE INTO checkpoints VALUES (:path, :run_id, :kind, :name, :version, "
-            ":created, :size_bytes, :user_metadata)",
-            row,
-        )
+        names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+        self.db.execute(f"INSERT OR REPLACE INTO checkpoints ({names}) VALUES ({values})", row)
 
     def checkpoint(self, path: str) -> Checkpoint:
-        row = self.db.execute("SELECT * FROM checkpoints WHERE path=?", (path,)).fetchone()
+        row = self.db.execute(
+            "SELECT * FROM checkpoints WHERE path=? AND (expires IS NULL OR expires > ?)",
+            (path, time.time()),
+        ).fetchone()
         if row is None:
             raise NotFound(f"no checkpoint {path!r}; list_checkpoints() shows those there are")
         return _checkpoint(row)
@@ -80,13 +104,25 @@ class Registry:
     def checkpoints(self, run_id: str | None = None, kind: str | None = None) -> list[Checkpoint]:
         rows = self.db.execute(
             "SELECT * FROM checkpoints WHERE (?1 IS NULL OR run_id=?1) AND (?2 IS NULL OR kind=?2)"
-            " ORDER BY created DESC, rowid DESC",
-            (run_id, kind),
+            " AND (expires IS NULL OR expires > ?3) ORDER BY created DESC, rowid DESC",
+            (run_id, kind, time.time()),
         )
         return [_checkpoint(row) for row in rows]
 
-    def delete_checkpoint(self, path: str) -> None:
+    def expired_checkpoints(self) -> list[Checkpoint]:
+        """Those that are to be deleted."""
+        rows = self.db.execute("SELECT * FROM checkpoints WHERE expires <= ?", (time.time(),))
+        return [_checkpoint(row) for row in rows]
+
+    def set_expires(self, path: str, expires: float | None) -> None:
         self.checkpoint(path)
+        self.db.execute("UPDATE checkpoints SET expires=? WHERE path=?", (expires, path))
+
+    def set_public(self, path: str, public: bool) -> None:
+        self.checkpoint(path)
+        self.db.execute("UPDATE checkpoints SET public=? WHERE path=?", (public, path))
+
+    def delete_checkpoint(self, path: str) -> None:
         self.db.execute("DELETE FROM checkpoints WHERE path=?", (path,))
 
 
@@ -100,4 +136,5 @@ def _run(row: sqlite3.Row) -> TrainingRun:
 def _checkpoint(row: sqlite3.Row) -> Checkpoint:
     fields = dict(row)
     fields["user_metadata"] = json.loads(fields["user_metadata"])
+    fields["public"] = bool(fields["public"])
     return Checkpoint(**fields)

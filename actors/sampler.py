@@ -21,7 +21,7 @@ from ..engines.adapter_files import read_adapter
 from ..engines.backbone import Backbone
 from ..engines.sampler import Event, SamplerEngine, default_kv_bytes
 from ..primitives.client import load_tokenizer
-from ..primitives.errors import TinsmithError, Unavailable
+from ..primitives.errors import OpCancelled, TinsmithError, Unavailable
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 from .threads import set_engine_threads
 
@@ -57,6 +57,7 @@ class Sampler:
         )
         self.calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self.listeners: dict[int, Listener] = {}
+        self.named: dict[str, asyncio.Task[Any]] = {}
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     # ---- the engine's thread ----
@@ -115,11 +116,28 @@ class Sampler:
     async def ping(self) -> str:
         return self.name
 
-    async def sample(self, request: SampleRequest) -> SampleResponse:
-        async for event in self._events(request, streaming=False):
-            if event.response is not None:
-                return event.response
+    async def sample(self, request: SampleRequest, name: str | None = None) -> SampleResponse:
+        """`name`, unique among those under way, is what `withdraw` calls the request."""
+        task = asyncio.current_task()
+        if name is not None and task is not None:
+            self.named[name] = task
+        try:
+            async for event in self._events(request, streaming=False):
+                if event.response is not None:
+                    return event.response
+        except asyncio.CancelledError:
+            raise OpCancelled("the sampling request was withdrawn") from None
+        finally:
+            self.named.pop(name, None)  # type: ignore[arg-type]
         raise Unavailable("the request ended without a response")
+
+    async def withdraw(self, name: str) -> bool:
+        """End the request of that name; it raises `OpCancelled`. False if it is not under way."""
+        task = self.named.get(name)
+        if task is None:
+            return False
+        task.cancel()
+        return True
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[SampledToken]:
         """Tokens as they are drawn; leaving the iterator withdraws the request."""

@@ -1,4 +1,4 @@
-"""Checkpoint folders through fsspec: written under a temporary name, renamed when whole."""
+"""Checkpoint folders through fsspec: staged under a temporary name, renamed when whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -17,7 +17,10 @@ MANIFEST = "manifest.json"
 
 
 class Storage:
-    """Immutable folders of files below a root, which may be a local folder or a bucket's URL."""
+    """Immutable folders of files below a root, which may be a local folder or a bucket's URL.
+
+    Symbolic links are no files: what a folder holds is what was written there.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
@@ -29,40 +32,99 @@ class Storage:
     def exists(self, folder: str) -> bool:
         return self.fs.exists(self._path(folder))
 
-    def write(self, folder: str, files: Mapping[str, bytes]) -> int:
-        """Write a whole folder, replacing one of that name; returns its size in bytes.
+    # ---- writing ----
 
-        A reader sees either all files or none; a write cut short leaves only a `.tmp-` folder.
-        """
-        parent, _, name = folder.rpartition("/")
-        temporary = self._path(f"{parent}/.tmp-{name}-{uuid.uuid4().hex[:8]}")
-        self.fs.makedirs(temporary, exist_ok=True)
+    def stage(self, folder: str, files: Mapping[str, bytes]) -> str:
+        """Write files that will be `folder` once `commit` is called; returns their name until
+        then. What is never committed is only a `.tmp-` folder."""
+        staged = _temporary(folder)
+        self.fs.makedirs(self._path(staged), exist_ok=True)
         for file, data in files.items():
-            self.fs.pipe_file(f"{temporary}/{file}", data)
-        replaced = f"{temporary}-replaced"
-        if self.exists(folder):
-            self.fs.mv(self._path(folder), replaced, recursive=True)
-        self.fs.mv(temporary, self._path(folder), recursive=True)
-        if self.fs.exists(replaced):
-            self.fs.rm(replaced, recursive=True)
-        return sum(len(data) for data in files.values())
+            self.fs.pipe_file(self._path(f"{staged}/{file}"), data)
+        return staged
 
-    def read_checkpoint(self, path: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """All files of the checkpoint `tinker://…` by name, and its manifest.
+    def stage_copy(self, path: str, folder: str) -> tuple[str, int]:
+        """`stage` with the files of the checkpoint `path`; also returns their size in bytes."""
+        source, files = CheckpointPath.parse(path).folder, self.files(path)
+        staged = _temporary(folder)
+        self.fs.makedirs(self._path(staged), exist_ok=True)
+        try:
+            for file in files:
+                self.fs.cp_file(self._path(f"{source}/{file}"), self._path(f"{staged}/{file}"))
+        except FileNotFoundError:
+            self.delete(staged)
+            raise _no_checkpoint(path) from None
+        return staged, sum(files.values())
+
+    def commit(self, staged: str, folder: str) -> None:
+        """Put what was staged in place, instead of what has that name. A reader sees either all
+        files or none. One caller at a time for one folder."""
+        replaced = f"{staged}-replaced"
+        if self.exists(folder):
+            self.fs.mv(self._path(folder), self._path(replaced), recursive=True)
+        self.fs.mv(self._path(staged), self._path(folder), recursive=True)
+        self.delete(replaced)
+
+    def delete(self, folder: str) -> None:
+        if self.exists(folder):
+            self.fs.rm(self._path(folder), recursive=True)
+
+    # ---- reading ----
+
+    def read(self, folder: str) -> dict[str, bytes]:
+        """All files of a folder that was committed, by name.
+
+        Raises:
+            NotFound: there is no such folder.
+        """
+        if not self.exists(folder):
+            raise NotFound(f"there is no {folder} in {self.root}")
+        names = [file.rpartition("/")[2] for file in self.fs.ls(self._path(folder), detail=False)]
+        return {name: self.fs.cat_file(self._path(f"{folder}/{name}")) for name in names}
+
+    def files(self, path: str) -> dict[str, int]:
+        """The sizes of the files of the checkpoint `tinker://…`, by name.
 
         Raises:
             InvalidInput: that is no checkpoint path.
             NotFound: there is no such checkpoint.
         """
-        folder = CheckpointPath.parse(path).folder
-        if not self.exists(f"{folder}/{MANIFEST}"):
-            raise NotFound(f"no checkpoint {path!r}; list_checkpoints() shows those there are")
-        files = {
-            file.rpartition("/")[2]: self.fs.cat_file(file)
-            for file in self.fs.ls(self._path(folder), detail=False)
-        }
+        folder = self._path(CheckpointPath.parse(path).folder)
+        try:
+            entries = [] if self.fs.info(folder).get("islink") else self.fs.ls(folder, detail=True)
+        except FileNotFoundError:
+            entries = []
+        sizes = {e["name"].rpartition("/")[2]: e["size"] for e in entries if e["type"] == "file"}
+        if MANIFEST not in sizes:
+            raise _no_checkpoint(path)
+        return sizes
+
+    def open(self, path: str, file: str) -> IO[bytes]:
+        """Open one of the checkpoint's `files` for reading."""
+        try:
+            return self.fs.open(self._path(f"{CheckpointPath.parse(path).folder}/{file}"), "rb")
+        except FileNotFoundError:
+            raise _no_checkpoint(path) from None
+
+    def read_checkpoint(self, path: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """All files of the checkpoint `tinker://…` by name, and its manifest. Errors as `files`."""
+        files = {}
+        for file in self.files(path):
+            with self.open(path, file) as stream:
+                files[file] = stream.read()
         return files, json.loads(files[MANIFEST])
 
-    def delete(self, folder: str) -> None:
-        if self.exists(folder):
-            self.fs.rm(self._path(folder), recursive=True)
+    def read_manifest(self, path: str) -> dict[str, Any]:
+        """What the checkpoint's manifest says. Errors as `files`."""
+        self.files(path)
+        with self.open(path, MANIFEST) as stream:
+            return json.loads(stream.read())
+
+
+def _temporary(folder: str) -> str:
+    parent, _, name = folder.rpartition("/")
+    return f"{parent}/.tmp-{name}-{uuid.uuid4().hex[:8]}"
+
+
+def _no_checkpoint(path: str) -> NotFound:
+    return NotFound(f"no checkpoint {path!r}; list_checkpoints() shows those there are")

@@ -1,9 +1,10 @@
 """The losses: pure torch functions of per-token tensors, summed over tokens, in a registry.
 
 All take `p`, the learner's logprobs of the target tokens, and the datums' other inputs, each a
-flat float32 tensor over the tokens of all datums of one batch. Formulas and defaults are those of
-the Tinker API (its documentation, "Loss functions"); `r = exp(p - q)` with `q = logprobs`,
-the sampler's, and `A = advantages`.
+flat float32 tensor over the tokens of all datums of one batch; `datum` (int64) says whose token it
+is. Formulas and defaults are those of the Tinker API (its documentation, "Loss functions"), but
+for `stable_reinforce`, which is ours; `r = exp(p - q)` with `q = logprobs`, the sampler's, and
+`A = advantages`.
 """
 
 from __future__ import annotations
@@ -31,14 +32,27 @@ class Loss:
         function: `(p, inputs, config) -> loss per token`, to be summed.
         needed: `(inputs, config) -> bool` per token: false where the loss is 0 whatever `p` is.
         inputs: names of the per-token inputs besides `target_tokens`.
+        optional: names of inputs that may be left out, with what stands in for them in a datum:
+            `(its other inputs, config) -> per token`.
         config: keys of `loss_fn_config` with their defaults (`REQUIRED`: none).
+        clipped: `(p, inputs, config) -> bool` per token: where the ratio is clipped or capped, for
+            the metric `clip_fraction`.
+        multi_target: takes several targets per position, `[T, K]`, as well as one.
     """
 
     name: str
     function: Callable[[Tensor, Inputs, Config], Tensor]
     needed: Callable[[Inputs, Config], Tensor]
     inputs: tuple[str, ...] = POLICY_INPUTS
+    optional: Mapping[str, Callable[[Inputs, Config], Tensor]] = field(default_factory=dict)
     config: Config = field(default_factory=dict)
+    clipped: Callable[[Tensor, Inputs, Config], Tensor] | None = None
+    multi_target: bool = False
+
+    def fill_inputs(self, inputs: Inputs, config: Config) -> dict[str, Tensor]:
+        """One datum's `inputs` with what stands in for the optional ones it lacks."""
+        filled = {k: default(inputs, config) for k, default in self.optional.items()}
+        return {**filled, **inputs}
 
     def fill_config(self, config: Mapping[str, float] | None) -> dict[str, float]:
         """`config` with defaults.
@@ -66,23 +80,53 @@ def cross_entropy(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
     return -inputs["weights"] * p
 
 
+def _ratio(p: Tensor, inputs: Inputs) -> Tensor:
+    return torch.exp(p - inputs["logprobs"])
+
+
+def _clip(r: Tensor, inputs: Inputs) -> Tensor:
+    return torch.clamp(r, inputs["clip_low_threshold"], inputs["clip_high_threshold"])
+
+
 def importance_sampling(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
     """`-r A`."""
-    return -torch.exp(p - inputs["logprobs"]) * inputs["advantages"]
+    return -_ratio(p, inputs) * inputs["advantages"]
 
 
 def ppo(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
     """`-min(r A, clip(r, low, high) A)` (Schulman et al., 2017, eq. 7; thresholds are ratios)."""
-    r, a = torch.exp(p - inputs["logprobs"]), inputs["advantages"]
-    clipped = r.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
-    return -torch.minimum(r * a, clipped * a)
+    r, a = _ratio(p, inputs), inputs["advantages"]
+    return -torch.minimum(r * a, _clip(r, inputs) * a)
 
 
 def cispo(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
     """`-stop_gradient(clip(r, low, high)) p A` (MiniMax-M1, 2025, eq. 4)."""
-    r = torch.exp(p.detach() - inputs["logprobs"])
-    clipped = r.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
-    return -clipped * p * inputs["advantages"]
+    return -_clip(_ratio(p.detach(), inputs), inputs) * p * inputs["advantages"]
+
+
+def _sequence_ratio(p: Tensor, inputs: Inputs) -> Tensor:
+    """`s`, the geometric mean of `r` over the masked tokens of the token's datum; 1 where the mask
+    marks none. No gradient."""
+    datum, masked = inputs["datum"], inputs["sequence_ratio_mask"] != 0
+    gap = torch.where(masked, p.detach() - inputs["logprobs"], 0.0)
+    totals = gap.new_zeros(2, int(datum.max()) + 1)
+    totals[0].index_add_(0, datum, gap)
+    totals[1].index_add_(0, datum, masked.to(gap.dtype))
+    return torch.exp(totals[0] / totals[1].clamp(min=1))[datum]
+
+
+def gspo(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """`-min(s_t A, clip(s_t, low, high) A)`, `s_t = stop_gradient(s / e^p) e^p`: the token form of
+    Zheng et al., "Group Sequence Policy Optimization", 2025. Every token has the value of its
+    sequence's ratio `s` and the gradient of its own logprob; where `A` is the same for all of
+    them, they add up to the gradient of `-|sequence| min(s A, clip(s, low, high) A)`.
+
+    `s` is taken over the tokens that `sequence_ratio_mask` marks; without it, over those with an
+    advantage, for that is how trajectories say which tokens were sampled.
+    """
+    s = _sequence_ratio(p, inputs) * torch.exp(p - p.detach())
+    a = inputs["advantages"]
+    return -torch.minimum(s * a, _clip(s, inputs) * a)
 
 
 def dro(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
@@ -91,12 +135,65 @@ def dro(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
     return -(p * inputs["advantages"] - 0.5 * config["beta"] * gap * gap)
 
 
+def stable_reinforce(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """`-stop_gradient(clip(r, 1 / c, c) (A - kappa log r)) p`: ours (docs/stable_reinforce.md).
+
+    `E_q[r A] - kappa KL(pi || q)` has the gradient `E_q[r (A - kappa log r) grad p]` (the term
+    `-kappa E_pi[grad p]` is 0): that of `importance_sampling`, pulled back as the policy leaves
+    the sampler's, and nought at `r = e^(A / kappa)`, where every ratio therefore stops however
+    many steps are taken on the same samples. On the sampler's own weights, `r = 1`, it is
+    REINFORCE. Truncating the weight moves that point nowhere; from above it bounds the variance,
+    from below it keeps the pull on tokens that the policy has all but dropped.
+
+    `kl_coeff` is kappa, `ratio_cap` is c. The pull acts on the tokens that `sampled_mask` marks;
+    without it, on those with an advantage.
+    """
+    gap = p.detach() - inputs["logprobs"]
+    pull = torch.where(inputs["sampled_mask"] != 0, config["kl_coeff"] * gap, 0.0)
+    weight = gap.exp().clamp(1 / config["ratio_cap"], config["ratio_cap"])
+    return -weight * (inputs["advantages"] - pull) * p
+
+
 def _where_advantage(inputs: Inputs, config: Config) -> Tensor:
     return inputs["advantages"] != 0
 
 
+def _where_advantage_or(mask: str) -> Callable[[Inputs, Config], Tensor]:
+    return lambda inputs, config: (inputs["advantages"] != 0) | (inputs[mask] != 0)
+
+
 def _everywhere(inputs: Inputs, config: Config) -> Tensor:
     return torch.ones_like(inputs["advantages"], dtype=torch.bool)
+
+
+def _advantage_mask(inputs: Inputs, config: Config) -> Tensor:
+    return (inputs["advantages"] != 0).to(inputs["advantages"].dtype)
+
+
+def _from_config(key: str) -> Callable[[Inputs, Config], Tensor]:
+    return lambda inputs, config: torch.full_like(inputs["advantages"], config[key])
+
+
+CLIPS = {key: _from_config(key) for key in ("clip_low_threshold", "clip_high_threshold")}
+
+
+def _clips(low: float, high: float) -> Config:
+    return {"clip_low_threshold": low, "clip_high_threshold": high}
+
+
+def _outside(
+    ratio: Callable[[Tensor, Inputs], Tensor],
+) -> Callable[[Tensor, Inputs, Config], Tensor]:
+    def clipped(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
+        r = ratio(p, inputs)
+        return (r < inputs["clip_low_threshold"]) | (r > inputs["clip_high_threshold"])
+
+    return clipped
+
+
+def _capped(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    r = _ratio(p, inputs)
+    return (r < 1 / config["ratio_cap"]) | (r > config["ratio_cap"])
 
 
 LOSSES: dict[str, Loss] = {}
@@ -108,7 +205,13 @@ def register_loss(loss: Loss) -> None:
 
 
 register_loss(
-    Loss("cross_entropy", cross_entropy, lambda i, c: i["weights"] != 0, inputs=("weights",))
+    Loss(
+        "cross_entropy",
+        cross_entropy,
+        lambda inputs, config: inputs["weights"] != 0,
+        inputs=("weights",),
+        multi_target=True,
+    )
 )
 register_loss(Loss("importance_sampling", importance_sampling, _where_advantage))
 register_loss(
@@ -116,7 +219,9 @@ register_loss(
         "ppo",
         ppo,
         _where_advantage,
-        config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+        optional=CLIPS,
+        config=_clips(0.8, 1.2),
+        clipped=_outside(_ratio),
     )
 )
 register_loss(
@@ -124,10 +229,32 @@ register_loss(
         "cispo",
         cispo,
         _where_advantage,
-        config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
+        optional=CLIPS,
+        config=_clips(0.0, 4.0),
+        clipped=_outside(_ratio),
+    )
+)
+register_loss(
+    Loss(
+        "gspo",
+        gspo,
+        _where_advantage_or("sequence_ratio_mask"),
+        optional={"sequence_ratio_mask": _advantage_mask, **CLIPS},
+        config=_clips(1 - 3e-4, 1 + 4e-4),  # the paper's
+        clipped=_outside(_sequence_ratio),
     )
 )
 register_loss(Loss("dro", dro, _everywhere, config={"beta": REQUIRED}))
+register_loss(
+    Loss(
+        "stable_reinforce",
+        stable_reinforce,
+        _where_advantage_or("sampled_mask"),
+        optional={"sampled_mask": _advantage_mask},
+        config={"kl_coeff": 0.3, "ratio_cap": 2.0},
+        clipped=_capped,
+    )
+)
 
 
 def loss_names() -> list[str]:
@@ -144,7 +271,9 @@ def get_loss(name: str) -> Loss:
     return LOSSES[name]
 
 
-def ratio_metrics(p: Tensor, inputs: Inputs, config: Config, needed: Tensor) -> dict[str, float]:
+def ratio_metrics(
+    loss: Loss, p: Tensor, inputs: Inputs, config: Config, needed: Tensor
+) -> dict[str, float]:
     """What off-policy training wants to know, over the tokens that the loss uses."""
     if "logprobs" not in inputs or not bool(needed.any()):
         return {}
@@ -155,8 +284,7 @@ def ratio_metrics(p: Tensor, inputs: Inputs, config: Config, needed: Tensor) -> 
         "ratio:max": float(ratio.max()),
         "policy_kl:mean": float((ratio - 1 - gap).mean()),
     }
-    if "clip_high_threshold" in config:
-        low, high = config["clip_low_threshold"], config["clip_high_threshold"]
-        outside = (ratio < low) | (ratio > high)
-        metrics["clip_fraction:mean"] = float(outside.double().mean())
+    if loss.clipped is not None:
+        clipped = loss.clipped(p, inputs, config)[needed]
+        metrics["clip_fraction:mean"] = float(clipped.double().mean())
     return metrics

@@ -24,8 +24,8 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
 def benchmarks() -> list[str]:
-    """Names of all benchmarks: every script here but the two that serve them."""
-    return sorted({path.stem for path in HERE.glob("*.py")} - {"harness", "run_all"})
+    """Names of all benchmarks: every script here but those that serve them."""
+    return sorted({path.stem for path in HERE.glob("*.py")} - {"harness", "run_all", "serving"})
 
 
 def run(name: str, arguments: list[str]) -> dict[str, object]:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..primitives.errors import TinsmithError
-from . import chat, doctor, plot, runs, train
+from . import chat, doctor, export, keys, plot, runs, serve, train
 
 
 class _Commands(TyperGroup):
@@ -34,6 +34,9 @@ app.command()(train.train)
 app.command()(runs.runs)
 app.command()(plot.plot)
 app.command()(chat.chat)
+app.command()(serve.serve)
+app.command()(export.export)
+app.add_typer(keys.app, name="keys")
 
 
 def _show_version(wanted: bool) -> None:

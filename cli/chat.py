@@ -8,17 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.status import Status
 
 from ..envs.renderer import ChatRenderer, Conversation
 from ..envs.text_stream import TextStream
-from ..primitives.errors import InvalidInput, NotFound, TinsmithError
+from ..primitives.errors import InvalidInput, TinsmithError
 from ..primitives.paths import SCHEME
 from ..primitives.types import Message, SampledSequence, SampledToken, SamplingParams, StopReason
-from .lookup import find_run, open_registry
+from .lookup import find_checkpoint
 from .options import Address, AsJson, Home, print_json
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def chat(
         raise InvalidInput("give either a run or --base MODEL")
     if as_json and once is None:
         raise InvalidInput("--json goes with --once")
-    source = base or _checkpoint(str(run), home)
+    source = base or find_checkpoint(str(run), home)
     params = SamplingParams(max_tokens, temperature=temperature, seed=seed)
     with asyncio.Runner() as runner:
         service = runner.run(_connect(address, home))
@@ -67,18 +66,6 @@ def chat(
         print_json({"model": source, **asdict(answer)})
     else:
         print()
-
-
-def _checkpoint(run: str, home: Path) -> str:
-    """The `tinker://` path of what the user calls a run."""
-    if run.startswith(SCHEME):
-        return run
-    registry = open_registry(home)
-    run_id = find_run(registry, run).run_id
-    checkpoints = registry.checkpoints(run_id)
-    if not checkpoints:
-        raise NotFound(f"run {run_id!r} has no checkpoint to talk to")
-    return checkpoints[0].path
 
 
 async def _connect(address: str | None, home: Path) -> ServiceClient:
@@ -176,15 +163,6 @@ class Chat:
                 show(pieces.push(token.token))
             show(pieces.finish())
         finally:
-            sequence = _sequence(sampled)
+            sequence = SampledSequence.of(sampled)
             answer = conversation.add_turn(sequence)
         return Answer(answer, len(sampled), sequence.stop_reason)
-
-
-def _sequence(sampled: list[SampledToken]) -> SampledSequence:
-    return SampledSequence(
-        np.array([token.token for token in sampled], np.int64),
-        np.array([token.logprob for token in sampled], np.float32),
-        np.array([token.version for token in sampled], np.int32),
-        (sampled[-1].stop_reason if sampled else None) or "length",
-    )

@@ -18,7 +18,7 @@ from ..engines.models import hub_reachable, local_models
 from .options import AsJson, Home, print_json, print_table
 
 REQUIRED = ("torch", "transformers", "ray")
-OPTIONAL = ("peft", "vllm")
+OPTIONAL = ("fastapi", "peft", "tinker", "vllm")
 NO_VLLM = "not driven by this version of Tinsmith; the torch engine samples"
 
 

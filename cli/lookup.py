@@ -8,6 +8,7 @@ from pathlib import Path
 from ..actors.registry import Registry
 from ..algorithms.run_folder import load_run
 from ..primitives.errors import NotFound
+from ..primitives.paths import SCHEME, CheckpointPath
 from ..primitives.types import TrainingRun
 
 
@@ -43,3 +44,20 @@ def find_run(registry: Registry, name: str) -> TrainingRun:
         hint = f"did you mean {near[0]}?" if near else "`tinsmith runs` lists them"
         raise NotFound(f"no run {name!r}; {hint}")
     return known[name]
+
+
+def find_checkpoint(name: str, home: Path) -> str:
+    """The `tinker://` path of a checkpoint: itself, or the newest one of a run.
+
+    Raises:
+        InvalidInput: a `tinker://` path of another form.
+        NotFound: no such run, or it has no checkpoint.
+    """
+    if name.startswith(SCHEME):
+        return str(CheckpointPath.parse(name))
+    registry = open_registry(home)
+    run_id = find_run(registry, name).run_id
+    checkpoints = registry.checkpoints(run_id)
+    if not checkpoints:
+        raise NotFound(f"run {run_id!r} has no checkpoint")
+    return checkpoints[0].path

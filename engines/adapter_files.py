@@ -54,13 +54,7 @@ def read_adapter(files: Mapping[str, bytes], layout: AdapterLayout) -> Tensor:
     Raises:
         InvalidInput: files or tensors missing, other shapes, another scale, NaN or inf.
     """
-    for file in (WEIGHTS, CONFIG):
-        if file not in files:
-            raise InvalidInput(f"the adapter has no {file}: is it a PEFT LoRA folder?")
-    config = json.loads(files[CONFIG])
-    scale = config["lora_alpha"] / (
-        math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
-    )
+    config, scale = _read_config(files)
     if config["r"] != layout.config.rank or not math.isclose(scale, layout.scale):
         raise InvalidInput(
             f"the adapter has rank {config['r']} and scale {scale:g}, "
@@ -85,3 +79,32 @@ def read_adapter(files: Mapping[str, bytes], layout: AdapterLayout) -> Tensor:
     if tensors:
         raise InvalidInput(f"the adapter trains {min(tensors)}, which this run does not")
     return flat
+
+
+def read_factors(files: Mapping[str, bytes]) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """The scale of a PEFT adapter, and A `[R, I]` and B `[O, R]` of every module that it trains.
+
+    Raises:
+        InvalidInput: files or tensors missing, or others than LoRA's.
+    """
+    _, scale = _read_config(files)
+    tensors, factors = safetensors.torch.load(files[WEIGHTS]), {}
+    ending = ".lora_A.weight"
+    for name in [key.removesuffix(ending) for key in tensors if key.endswith(ending)]:
+        pair = [tensors.pop(f"{name}.{part}.weight", None) for part in ("lora_A", "lora_B")]
+        if pair[0] is None or pair[1] is None:
+            raise InvalidInput(f"the adapter has no tensor {name}.lora_B.weight")
+        factors[name.removeprefix(_PREFIX)] = (pair[0], pair[1])
+    if tensors:
+        raise InvalidInput(f"the adapter holds {min(tensors)}, which is not LoRA's")
+    return scale, factors
+
+
+def _read_config(files: Mapping[str, bytes]) -> tuple[dict[str, Any], float]:
+    """The adapter's config, and what it multiplies B A by."""
+    for file in (WEIGHTS, CONFIG):
+        if file not in files:
+            raise InvalidInput(f"the adapter has no {file}: is it a PEFT LoRA folder?")
+    config = json.loads(files[CONFIG])
+    rank = config["r"]
+    return config, config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)

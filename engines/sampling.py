@@ -62,6 +62,15 @@ def draw(
     return chosen, (logits_NV.gather(1, chosen[:, None]) - lse_N1)[:, 0]
 
 
+def likeliest(logits_NV: Tensor, temperatures: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` likeliest tokens of each row, likeliest first: ids int64 and logprobs float32
+    `[N, k]` of the distribution that `draw` gives logprobs of."""
+    scale = np.where(temperatures == 0, 1.0, temperatures).astype(np.float32)
+    scaled_NV = logits_NV.float() / torch.from_numpy(scale).to(logits_NV.device)[:, None]
+    values, ids = scaled_NV.log_softmax(-1).topk(k)
+    return ids, values
+
+
 def _restrict(weights_V: Tensor, top_k: int, top_p: float) -> None:
     """Zero what is outside the `top_k` likeliest, then outside the smallest set of the likeliest
     with probability of at least `top_p` of what is left."""

@@ -14,13 +14,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..primitives.client import load_tokenizer
 from ..primitives.errors import InvalidInput
 from ..primitives.types import Message, SampledSequence, Segment
+
+
+class Rendered(NamedTuple):
+    """A conversation as text. Where `grows`, `tokens` are only those after the text before."""
+
+    text: str
+    tokens: list[int]
+    grows: bool
 
 
 class ChatRenderer:
@@ -84,14 +92,41 @@ class ChatRenderer:
                 f"the chat template refuses a conversation of the roles {roles}: {error}"
             ) from error
 
+    def extend(
+        self,
+        before: str,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> Rendered:
+        """The prompt for the model's next turn, going on from the text `before` if the template
+        lets it stand."""
+        text = self.text(messages, tools)
+        grows = text.startswith(before)
+        return Rendered(text, self.tokens(text[len(before) :] if grows else text), grows)
+
     def tokens(self, text: str) -> list[int]:
         """Token ids of rendered text: special tokens in it count as such, none are added."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return encode(self.tokenizer, text)
 
-    def decode(self, tokens: np.ndarray, *, special: bool) -> str:
-        return self.tokenizer.decode(
-            tokens.tolist(), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-        )
+
+def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text. `special` adds those that a text of its own begins with.
+
+    Raises:
+        InvalidInput: the text holds half a character, as JSON can (a lone surrogate).
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"a text to tokenize is not valid Unicode: {error}") from None
+    return tokenizer.encode(text, add_special_tokens=special)
+
+
+def decode(tokenizer: Any, tokens: np.ndarray, *, special: bool) -> str:
+    """The text of sampled tokens, with or without special ones."""
+    return tokenizer.decode(
+        tokens.tolist(), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+    )
 
 
 class Conversation:
@@ -108,9 +143,9 @@ class Conversation:
         self.renderer = renderer
         self.tools = tools
         self.messages: list[Message] = list(messages)
-        self._finished: list[_Open] = []
+        self._finished: list[GrowingSegment] = []
         self._text = renderer.text(self.messages, tools)
-        self._open = _Open(renderer.tokens(self._text))
+        self._open = GrowingSegment(renderer.tokens(self._text))
 
     @property
     def prompt(self) -> np.ndarray:
@@ -123,8 +158,8 @@ class Conversation:
 
     def add_turn(self, sequence: SampledSequence) -> str:
         """Append the sampled turn; returns its text without special tokens."""
-        self._text += self.renderer.decode(sequence.tokens, special=True)
-        action = self.renderer.decode(sequence.tokens, special=False)
+        self._text += decode(self.renderer.tokenizer, sequence.tokens, special=True)
+        action = decode(self.renderer.tokenizer, sequence.tokens, special=False)
         self._open.sample(sequence)
         self.messages.append({"role": "assistant", "content": action})
         return action
@@ -135,23 +170,22 @@ class Conversation:
         self.messages.extend(messages)
         if last:
             return
-        text = self.renderer.text(self.messages, self.tools)
-        if text.startswith(self._text):
-            self._open.give(self.renderer.tokens(text[len(self._text) :]))
+        self._text, tokens, grows = self.renderer.extend(self._text, self.messages, self.tools)
+        if grows:
+            self._open.give(tokens)
         else:
             self._finished.append(self._open)
-            self._open = _Open(self.renderer.tokens(text))
-        self._text = text
+            self._open = GrowingSegment(tokens)
 
     def segments(self) -> list[Segment]:
         """Every segment in which something was sampled."""
         return [s.segment() for s in (*self._finished, self._open) if s.sampled]
 
 
-class _Open:
-    """A segment that still grows."""
+class GrowingSegment:
+    """A segment under way: what was given to the policy and what it sampled, in turn."""
 
-    def __init__(self, prompt: Sequence[int]) -> None:
+    def __init__(self, prompt: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
         self.mask: list[bool] = []
         self.logprobs: list[float] = []

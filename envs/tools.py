@@ -36,6 +36,7 @@ Syntax = Literal["json", "plain"]
 """`json`: `<tool_call>{"name": …, "arguments": {…}}</tool_call>` (Hermes, Qwen);
 `plain`: `name(1, key="value")` with literals of Python."""
 
+CALL_MARK = "<tool_call>"
 _JSON_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|$)", re.DOTALL)
 _LONE_CALL = re.compile(r"^\s*([A-Za-z_]\w*)\(.*\)\s*$", re.MULTILINE)
 _MAX_PARENTHESES = 64
@@ -128,7 +129,9 @@ class Tool:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """A call as the model wrote it."""
+
     name: str
     positional: Sequence[Any]
     keywords: dict[str, Any]
@@ -152,7 +155,7 @@ class ToolSet:
 
     async def run(self, text: str) -> list[ToolResult]:
         """Run every call found in the model's turn, in order; none if it calls nothing."""
-        calls = self._json_calls(text) if self.syntax == "json" else self._plain_calls(text)
+        calls = _json_calls(text) if self.syntax == "json" else self._plain_calls(text)
         results = []
         for call in calls:
             if isinstance(call, ToolResult):
@@ -165,23 +168,7 @@ class ToolSet:
                 results.append(await self.tools[call.name].call(call.positional, call.keywords))
         return results
 
-    def _json_calls(self, text: str) -> Iterator[_Call | ToolResult]:
-        form = '<tool_call>{"name": "...", "arguments": {...}}</tool_call>'
-        for match in _JSON_CALL.finditer(text):
-            try:
-                call = json.loads(match[1])
-                arguments = call.get("arguments", {})
-                if isinstance(arguments, str):
-                    arguments = json.loads(arguments)
-                if not isinstance(call["name"], str) or not isinstance(arguments, dict):
-                    raise TypeError("name must be a string and arguments an object")
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                message = f"Error: malformed tool call ({error}); write {form}"
-                yield ToolResult("", message, ok=False)
-            else:
-                yield _Call(call["name"], (), arguments)
-
-    def _plain_calls(self, text: str) -> Iterator[_Call | ToolResult]:
+    def _plain_calls(self, text: str) -> Iterator[Call | ToolResult]:
         names = "|".join(map(re.escape, self.tools))
         known = re.compile(rf"\b({names})\(")
         position = 0
@@ -190,10 +177,37 @@ class ToolSet:
             yield call
         if position == 0:
             for lone in _LONE_CALL.finditer(text):
-                yield _Call(lone[1], (), {})
+                yield Call(lone[1], (), {})
 
 
-def _plain_call(text: str, start: int, inside: int) -> tuple[_Call | ToolResult, int]:
+def _json_calls(text: str) -> Iterator[Call | ToolResult]:
+    form = '<tool_call>{"name": "...", "arguments": {...}}</tool_call>'
+    for match in _JSON_CALL.finditer(text):
+        try:
+            call = json.loads(match[1])
+            arguments = call.get("arguments", {})
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments)
+            if not isinstance(call["name"], str) or not isinstance(arguments, dict):
+                raise TypeError("name must be a string and arguments an object")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            message = f"Error: malformed tool call ({error}); write {form}"
+            yield ToolResult("", message, ok=False)
+        else:
+            yield Call(call["name"], (), arguments)
+
+
+def split_json_calls(text: str) -> tuple[str, list[Call]]:
+    """A turn's text outside its calls, and the calls; all of it is text if any is malformed."""
+    calls = [call for call in _json_calls(text) if isinstance(call, Call)]
+    matches = list(_JSON_CALL.finditer(text))
+    if not calls or len(calls) < len(matches):
+        return text, []
+    before, rest = text[: matches[0].start()], text[matches[0].start() :]
+    return before.rstrip() + _JSON_CALL.sub("", rest).rstrip(), calls
+
+
+def _plain_call(text: str, start: int, inside: int) -> tuple[Call | ToolResult, int]:
     """The call at `start` and where it ends. Its end is the first closing parenthesis up to which
     it is an expression of Python."""
     name = text[start : inside - 1]
@@ -214,7 +228,7 @@ def _plain_call(text: str, start: int, inside: int) -> tuple[_Call | ToolResult,
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             message = f"Error in {name}: arguments must be plain values, got {text[start:stop]}"
             return ToolResult(name, message, ok=False), stop
-        return _Call(name, positional, keywords), stop
+        return Call(name, positional, keywords), stop
     message = f"Error in {name}: malformed call; write {name}(value, key=value)"
     return ToolResult(name, message, ok=False), max(stop, inside)
 

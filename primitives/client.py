@@ -12,7 +12,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -41,6 +41,7 @@ from .types import (
     Trajectory,
     token_array,
 )
+from .validation import check_ttl
 
 LogprobsWanted = Literal["all", "loss"]
 CustomLoss = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
@@ -95,11 +96,25 @@ class SamplingClient(HasSync):
         *,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+        target_prompt_logprobs: Any = None,
+        prompt_alt_tokens_k: int = 0,
+        topk_sample_logprobs: int = 0,
     ) -> Op[SampleResponse]:
         """Sample `num_samples` continuations of `prompt` (token ids `[T]`).
 
-        `include_prompt_logprobs` also returns the logprob of every prompt token, and
-        `topk_prompt_logprobs=K` the K likeliest tokens at every prompt position.
+        Without `max_tokens` a sample may go on to the end of the model's context. What else may be
+        asked for comes in the `SampleResponse`, as it says there.
+
+        Args:
+            include_prompt_logprobs: the logprob of every prompt token.
+            topk_prompt_logprobs: the K likeliest tokens at every prompt position.
+            prompt_logprobs_last_n: score only the last N prompt tokens in these two; what is
+                before them may then come from the prefix cache.
+            target_prompt_logprobs: int64 `[T - 1, K]`, tokens to score: row i at prompt position
+                i + 1; -1 names none.
+            prompt_alt_tokens_k: K draws at every prompt position but the first.
+            topk_sample_logprobs: the K likeliest tokens for every sampled token.
 
         Raises:
             InvalidInput: empty prompt, token ids out of range, prompt and `max_tokens` beyond
@@ -107,31 +122,59 @@ class SamplingClient(HasSync):
             NotFound: this version is no longer held by the sampler.
             OutOfCapacity: the request can never fit in the sampler's memory.
         """
-        request = self._request(
-            prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs
+        request = SampleRequest(
+            token_array(prompt, "prompt"),
+            sampling_params or SamplingParams(),
+            num_samples=num_samples,
+            prompt_logprobs=include_prompt_logprobs,
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+            target_prompt_logprobs=target_prompt_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            topk_sample_logprobs=topk_sample_logprobs,
         )
-        return Op(chain(self._grant, lambda g: g.sampler.call("sample", request(g.policy))))
+        return Op(
+            chain(
+                self._grant, lambda g: g.sampler.call("sample", replace(request, policy=g.policy))
+            )
+        )
 
     async def sample_stream(
         self,
         prompt: TokensLike,
         num_samples: int = 1,
         sampling_params: SamplingParams | None = None,
+        *,
+        topk_sample_logprobs: int = 0,
     ) -> AsyncIterator[SampledToken]:
-        """Sample, yielding each token as it is drawn. Leaving the loop withdraws the request."""
-        request = self._request(prompt, num_samples, sampling_params, False, 0)
+        """Sample, yielding each token as it is drawn, with the K likeliest tokens if
+        `topk_sample_logprobs=K`. Leaving the loop withdraws the request."""
         grant = await Op(self._grant)
-        stream = grant.sampler.stream("stream", request(grant.policy))
+        request = SampleRequest(
+            token_array(prompt, "prompt"),
+            sampling_params or SamplingParams(),
+            grant.policy,
+            num_samples,
+            topk_sample_logprobs=topk_sample_logprobs,
+        )
+        stream = grant.sampler.stream("stream", request)
         try:
             async for token in stream:
                 yield token
         finally:
             await stream.aclose()  # type: ignore[attr-defined]
 
-    def compute_logprobs(self, prompt: TokensLike) -> Op[np.ndarray]:
-        """Logprobs of the tokens of `prompt` under this policy, float32 `[T]`, NaN first."""
+    def compute_logprobs(
+        self, prompt: TokensLike, *, prompt_logprobs_last_n: int | None = None
+    ) -> Op[np.ndarray]:
+        """Logprobs of the tokens of `prompt` under this policy, float32 `[T]`, NaN first; with
+        `prompt_logprobs_last_n=N` only of the last N, NaN before them."""
         response = self.sample(
-            prompt, 1, SamplingParams(max_tokens=1), include_prompt_logprobs=True
+            prompt,
+            1,
+            SamplingParams(max_tokens=1),
+            include_prompt_logprobs=True,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
         return response.then(_prompt_logprobs)
 
@@ -143,24 +186,6 @@ class SamplingClient(HasSync):
     def policy(self) -> PolicyRef:
         """Which weights this client samples from. Blocks until the client is ready."""
         return self._grant.result().policy
-
-    @staticmethod
-    def _request(
-        prompt: TokensLike,
-        num_samples: int,
-        params: SamplingParams | None,
-        prompt_logprobs: bool,
-        topk: int,
-    ) -> Callable[[PolicyRef], SampleRequest]:
-        tokens = token_array(prompt, "prompt")
-        return lambda policy: SampleRequest(
-            tokens,
-            params or SamplingParams(),
-            policy,
-            num_samples,
-            prompt_logprobs or topk > 0,
-            topk,
-        )
 
     def __getstate__(self) -> SamplerGrant:
         if not self._grant.done():
@@ -283,7 +308,7 @@ class TrainingClient(HasSync):
                 return
             weighted = [_with_weights(d, w) for d, w in zip(data, weights, strict=True)]
             backward = self._forward_op(
-                "forward_backward", weighted, "cross_entropy", None, "all", first + 1
+                "forward_backward", weighted, "cross_entropy", None, "loss", first + 1
             )
             result = backward.then(
                 lambda out: ForwardBackwardOutput(output.loss_fn_outputs, out.metrics | metrics)
@@ -308,14 +333,35 @@ class TrainingClient(HasSync):
         return self._submit("optim_step", adam_params=params)
 
     def save_state(
-        self, name: str, *, user_metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+        self,
+        name: str,
+        *,
+        user_metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        ttl_seconds: int | None = None,
     ) -> Op[SaveResponse]:
         """Save weights and optimizer under `tinker://<run>/weights/<name>`; immutable.
 
-        `user_metadata` (JSON values) is kept in the checkpoint's manifest.
+        `user_metadata` (JSON values) is kept in the checkpoint's manifest; after `ttl_seconds`
+        the checkpoint is deleted.
         """
-        metadata = _json_values(user_metadata)
-        return self._submit("save_state", name=name, user_metadata=metadata, overwrite=overwrite)
+        return self._save("save_state", name, user_metadata, overwrite, ttl_seconds)
+
+    def _save(
+        self,
+        kind: str,
+        name: str,
+        user_metadata: Mapping[str, Any] | None,
+        overwrite: bool,
+        ttl_seconds: int | None,
+    ) -> Op[SaveResponse]:
+        return self._submit(
+            kind,
+            name=name,
+            user_metadata=_json_values(user_metadata),
+            overwrite=overwrite,
+            ttl_seconds=check_ttl(ttl_seconds),
+        )
 
     def load_state(self, path: str) -> Op[SaveResponse]:
         """Replace this run's weights by a checkpoint's; the optimizer starts afresh."""
@@ -325,21 +371,28 @@ class TrainingClient(HasSync):
         """Replace this run's weights and optimizer state by a checkpoint's."""
         return self._submit("load_state", path=path, optimizer=True)
 
-    def save_weights_for_sampler(self, name: str, *, overwrite: bool = False) -> Op[SaveResponse]:
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        *,
+        user_metadata: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        ttl_seconds: int | None = None,
+    ) -> Op[SaveResponse]:
         """Save a PEFT adapter under `tinker://<run>/sampler_weights/<name>`; immutable."""
-        return self._submit("save_weights_for_sampler", name=name, overwrite=overwrite)
+        return self._save("save_weights_for_sampler", name, user_metadata, overwrite, ttl_seconds)
 
     def save_weights_and_get_sampling_client(self) -> Op[SamplingClient]:
         """Publish the weights as they are at this point of the log, in memory, and return a client
         pinned to that version."""
-        published = self._submit("publish", live=False)
+        published = self._submit("publish", keep=True, every_step=False)
         grants = self._sampler_grant(published)
         return Op(grants).then(lambda grant: SamplingClient(completed(grant)))
 
     def live_sampling_client(self) -> SamplingClient:
         """A client that always samples from the newest published version, also for the rest of a
         request under way. From here on every `optim_step` publishes."""
-        published = self._submit("publish", live=True)
+        published = self._submit("publish", keep=False, every_step=True)
         return SamplingClient(self._sampler_grant(published, live=True))
 
     def _sampler_grant(
@@ -449,18 +502,25 @@ class EnvClient(HasSync):
 
 
 class ServiceClient(HasSync):
-    """The way in, made by `tinsmith.connect()`. `home` is where the service keeps its files."""
+    """The way in, made by `tinsmith.connect()`. `home` is where the service keeps its files,
+    `controller` what this client and other front doors (the gateway) call, and `owns_cluster`
+    whether closing it ends the cluster."""
 
     def __init__(
-        self, controller: Handle, home: str, on_close: Callable[[], None] | None = None
+        self,
+        controller: Handle,
+        home: str,
+        on_close: Callable[[], None] | None = None,
+        owns_cluster: bool = False,
     ) -> None:
         self.home = home
-        self._controller = controller
+        self.owns_cluster = owns_cluster
+        self.controller = controller
         self._on_close = on_close
 
     def get_server_capabilities(self) -> Op[ServerCapabilities]:
         """Models at hand, their context lengths, and the losses."""
-        return Op(self._controller.call("capabilities"))
+        return Op(self.controller.call("capabilities"))
 
     def create_lora_training_client(
         self,
@@ -515,8 +575,8 @@ class ServiceClient(HasSync):
         return self._training("resume_run", run_id, path)
 
     def _training(self, method: str, *args: Any) -> Op[TrainingClient]:
-        grant: Op[RunGrant] = Op(self._controller.call(method, *args))
-        return grant.then(lambda g: TrainingClient(g, self._controller))
+        grant: Op[RunGrant] = Op(self.controller.call(method, *args))
+        return grant.then(lambda g: TrainingClient(g, self.controller))
 
     def create_sampling_client(
         self, model_path: str | None = None, base_model: str | None = None
@@ -525,9 +585,9 @@ class ServiceClient(HasSync):
         if (model_path is None) == (base_model is None):
             raise InvalidInput("give exactly one of model_path and base_model")
         if model_path is not None:
-            future = self._controller.call("grant_checkpoint_sampler", model_path)
+            future = self.controller.call("grant_checkpoint_sampler", model_path)
         else:
-            future = self._controller.call("grant_sampler", base_model, PolicyRef())
+            future = self.controller.call("grant_sampler", base_model, PolicyRef())
         return Op(future).then(lambda grant: SamplingClient(completed(grant)))
 
     def create_env_client(
@@ -536,27 +596,59 @@ class ServiceClient(HasSync):
         """Environment workers that render and tokenize for `base_model`; each plays up to
         `max_concurrent` episodes at once, every environment in a process of its own."""
         workers: Op[list[Handle]] = Op(
-            self._controller.call("env_workers", base_model, num_workers, max_concurrent)
+            self.controller.call("env_workers", base_model, num_workers, max_concurrent)
         )
-        return workers.then(lambda handles: EnvClient(handles, self._controller))
+        return workers.then(lambda handles: EnvClient(handles, self.controller))
 
     def list_training_runs(self) -> Op[list[TrainingRun]]:
         """All runs, newest first."""
-        return Op(self._controller.call("list_runs"))
+        return Op(self.controller.call("list_runs"))
 
     def get_training_run(self, run_id: str) -> Op[TrainingRun]:
-        return Op(self._controller.call("get_run", run_id))
+        return Op(self.controller.call("get_run", run_id))
 
     def delete_training_run(self, run_id: str) -> Op[None]:
         """Forget a run: its memory, its checkpoints and its files."""
-        return Op(self._controller.call("delete_run", run_id))
+        return Op(self.controller.call("delete_run", run_id))
+
+    def close_training_run(self, run_id: str) -> Op[None]:
+        """Free a run's memory. Its checkpoints stay, and `resume_training_client` opens it again;
+        what was not saved is lost, operations still waiting fail.
+
+        Raises:
+            NotFound: no such run.
+        """
+        return Op(self.controller.call("close_run", run_id))
+
+    def unload_model(self, base_model: str) -> Op[bool]:
+        """Free a base model's memory, ending its samplers' requests; the next use loads it again.
+        False, and nothing happens, while it has open runs (`close_training_run`)."""
+        return Op(self.controller.call("unload", base_model))
 
     def list_checkpoints(self, run_id: str | None = None) -> Op[list[Checkpoint]]:
         """Checkpoints of one run or of all, newest first."""
-        return Op(self._controller.call("list_checkpoints", run_id))
+        return Op(self.controller.call("list_checkpoints", run_id))
 
     def delete_checkpoint(self, path: str) -> Op[None]:
-        return Op(self._controller.call("delete_checkpoint", path))
+        """Delete a checkpoint; who samples from it is told that it is gone."""
+        return Op(self.controller.call("delete_checkpoint", path))
+
+    def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> Op[None]:
+        """Have a checkpoint deleted `ttl_seconds` from now; None keeps it."""
+        return Op(self.controller.call("set_checkpoint_ttl", path, check_ttl(ttl_seconds)))
+
+    def publish_checkpoint(self, path: str, public: bool = True) -> Op[None]:
+        """Let all users of a gateway with keys read a checkpoint, or no longer."""
+        return Op(self.controller.call("publish_checkpoint", path, public))
+
+    def copy_checkpoint(self, path: str, run_id: str) -> Op[str]:
+        """Copy a checkpoint's files to another run, under the same name; returns the new path.
+
+        Raises:
+            InvalidInput: the run has a checkpoint of that name, or another base model or LoRA.
+            NotFound: no such checkpoint or run.
+        """
+        return Op(self.controller.call("copy_checkpoint", path, run_id))
 
     def close(self) -> None:
         """Leave the service, stopping it if `connect()` started it. Unsaved runs are lost."""

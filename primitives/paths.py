@@ -1,5 +1,5 @@
-"""Where things are kept. Checkpoints: `tinker://<run>/weights/<name>` (with optimizer) and
-`tinker://<run>/sampler_weights/<name>`."""
+"""Where things are kept. Checkpoints: `tinker://<run>/weights/<name>` (with optimizer),
+`tinker://<run>/sampler_weights/<name>` and `tinker://<run>/external_weights/<name>`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,25 @@ from pathlib import Path
 from .errors import InvalidInput
 
 SCHEME = "tinker://"
-KINDS = ("weights", "sampler_weights")
+KINDS = ("weights", "sampler_weights", "external_weights")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
 
 
 def default_home() -> Path:
     """Where everything is kept unless told otherwise: `$TINSMITH_HOME`, else `~/.tinsmith`."""
     return Path(os.environ.get("TINSMITH_HOME", "~/.tinsmith")).expanduser()
+
+
+def check_name(what: str, name: str) -> None:
+    """
+    Raises:
+        InvalidInput: `name` cannot be part of a path.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"{what} {name!r} must be 1 to 128 letters, digits or . _ : + -, "
+            "starting with a letter or digit"
+        )
 
 
 @dataclass(frozen=True)
@@ -27,12 +39,8 @@ class CheckpointPath:
     name: str
 
     def __post_init__(self) -> None:
-        for what, name in (("run id", self.run_id), ("checkpoint name", self.name)):
-            if not _NAME.fullmatch(name):
-                raise InvalidInput(
-                    f"{what} {name!r} must be 1 to 128 letters, digits or . _ : + -, "
-                    "starting with a letter or digit"
-                )
+        check_name("run id", self.run_id)
+        check_name("checkpoint name", self.name)
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.run_id}/{self.kind}/{self.name}"

@@ -17,6 +17,7 @@ Message: TypeAlias = dict[str, Any]
 """A chat message: at least `role` and `content`, as chat templates read them."""
 
 StopReason = Literal["stop", "length"]
+MAX_SEED = (1 << 63) - 1
 
 
 def token_array(tokens: Any, what: str = "tokens") -> np.ndarray:
@@ -34,9 +35,10 @@ def token_array(tokens: Any, what: str = "tokens") -> np.ndarray:
         raise InvalidInput(f"{what} must be one-dimensional, got shape {array.shape}")
     if not np.issubdtype(array.dtype, np.integer):
         raise InvalidInput(f"{what} must be integer token ids, got dtype {array.dtype}")
-    if array.size and array.min() < 0:
+    array = array.astype(np.int64, copy=False)
+    if array.size and array.min() < 0:  # or beyond int64, in uint64
         raise InvalidInput(f"{what} holds a negative token id at position {int(array.argmin())}")
-    return array.astype(np.int64, copy=False)
+    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,9 @@ class Datum:
     prediction of `target_tokens[t]` from `model_input[: t + 1]`.
 
     `loss_fn_inputs` holds arrays of length T (`target_tokens` int64; `weights`, `logprobs`,
-    `advantages`, ... float32). torch tensors and lists are accepted and copied to numpy.
+    `advantages`, ... float32). For `cross_entropy`, `target_tokens` and `weights` may also be
+    `[T, K]`: K weighted targets per position (soft targets), with weight 0 where there are fewer.
+    torch tensors and lists are accepted and copied to numpy.
     """
 
     model_input: ModelInput
@@ -90,6 +94,11 @@ class Datum:
                 array = array.astype(np.float32, copy=False)
             inputs[name] = array
         object.__setattr__(self, "loss_fn_inputs", inputs)
+
+
+def _check_seed(seed: int | None) -> None:
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise InvalidInput(f"seed must be between 0 and 2**63 - 1, got {seed}")
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ class LoraConfig:
             raise InvalidInput(f"alpha must be a positive number, got {self.alpha!r}")
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise InvalidInput("set at least one of train_attn, train_mlp, train_unembed")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -163,15 +173,19 @@ class SamplingParams:
             raise InvalidInput(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not np.isfinite(self.temperature) or self.temperature < 0:
             raise InvalidInput(f"temperature must be finite and >= 0, got {self.temperature}")
-        if self.top_k != -1 and self.top_k < 1:
-            raise InvalidInput(f"top_k must be -1 (off) or at least 1, got {self.top_k}")
+        if self.top_k != -1 and not 1 <= self.top_k < 2**31:
+            raise InvalidInput(f"top_k must be -1 (off) or from 1 to 2**31 - 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InvalidInput(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.seed is not None and self.seed < 0:
-            raise InvalidInput(f"seed must be >= 0, got {self.seed}")
+        _check_seed(self.seed)
         kinds = {type(item) for item in self.stop_list}
         if not (kinds <= {str} or kinds <= {int}):
             raise InvalidInput("stop must hold strings or token ids, not both")
+        for stop in self.stop_strings:
+            try:
+                stop.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidInput(f"stop must hold valid Unicode: {error}") from None
         if self.stop is not None and not isinstance(self.stop, str):
             object.__setattr__(self, "stop", self.stop_list)
 
@@ -206,7 +220,11 @@ class PolicyRef:
 
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """One call of `SamplingClient.sample`, as the sampling engines take it."""
+    """One call of `SamplingClient.sample`, as the sampling engines take it.
+
+    `target_prompt_logprobs` int64 `[T - 1, K]`: row i names tokens to score at prompt position
+    i + 1; -1 names none.
+    """
 
     prompt: np.ndarray
     params: SamplingParams = SamplingParams()
@@ -214,50 +232,126 @@ class SampleRequest:
     num_samples: int = 1
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0
+    prompt_logprobs_last_n: int | None = None
+    target_prompt_logprobs: np.ndarray | None = None
+    prompt_alt_tokens_k: int = 0
+    topk_sample_logprobs: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_array(self.prompt, "prompt"))
-        if len(self.prompt) == 0:
+        length = len(self.prompt)
+        if length == 0:
             raise InvalidInput("prompt is empty: give at least one token")
         if self.num_samples < 1:
             raise InvalidInput(f"num_samples must be at least 1, got {self.num_samples}")
-        if self.topk_prompt_logprobs < 0:
+        for name in ("topk_prompt_logprobs", "prompt_alt_tokens_k", "topk_sample_logprobs"):
+            if getattr(self, name) < 0:
+                raise InvalidInput(f"{name} must be >= 0, got {getattr(self, name)}")
+        last_n = self.prompt_logprobs_last_n
+        if last_n is not None and not (self.prompt_logprobs or self.topk_prompt_logprobs):
+            raise InvalidInput("prompt_logprobs_last_n needs prompt_logprobs")
+        if last_n is not None and not 1 <= last_n < length:
             raise InvalidInput(
-                f"topk_prompt_logprobs must be >= 0, got {self.topk_prompt_logprobs}"
+                f"prompt_logprobs_last_n must be from 1 to {length - 1}, one less than the "
+                f"prompt's length, got {last_n}"
             )
+        if self.target_prompt_logprobs is not None:
+            targets = _prompt_targets(self.target_prompt_logprobs, length)
+            object.__setattr__(self, "target_prompt_logprobs", targets)
+
+
+def _prompt_targets(tokens: Any, length: int) -> np.ndarray:
+    array, what = np.asarray(tokens), "target_prompt_logprobs"
+    if array.ndim != 2 or len(array) != length - 1:
+        raise InvalidInput(
+            f"{what} must have shape [{length - 1}, K], a row for every prompt token but the "
+            f"first, got {list(array.shape)}"
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise InvalidInput(f"{what} must be integer token ids, got dtype {array.dtype}")
+    if not (array >= 0).any():
+        raise InvalidInput(f"{what} names no token: every cell is -1")
+    if array.min() < -1:
+        row, column = np.argwhere(array < -1)[0].tolist()
+        raise InvalidInput(f"{what} holds {array[row, column]} at position {row}, {column}")
+    return array.astype(np.int64, copy=False)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLogprobs:
+    """K tokens at each of N positions, int64 `[N, K]`, and their logprobs, float32 `[N, K]`.
+    Where nothing was computed: token 0, logprob NaN."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+    @classmethod
+    def empty(cls, positions: int, k: int) -> TokenLogprobs:
+        shape = (positions, k)
+        return cls(np.zeros(shape, np.int64), np.full(shape, np.nan, np.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class SampledSequence:
     """One completion: tokens int64 `[T]`, logprobs float32 `[T]` of the temperature-scaled
-    distribution (before top_k and top_p), versions int32 `[T]` of the policy per token."""
+    distribution (before top_k and top_p), versions int32 `[T]` of the policy per token, and, if
+    asked for, the K likeliest tokens of that distribution per token, likeliest first."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
     stop_reason: StopReason
+    topk_logprobs: TokenLogprobs | None = None
+
+    @classmethod
+    def of(cls, tokens: Sequence[SampledToken]) -> SampledSequence:
+        """What one sequence's streamed tokens make; cut short, it counts as out of length."""
+        k = len(tokens[0].topk_logprobs) if tokens else 0
+        pairs = np.array([t.topk_logprobs for t in tokens]).reshape(len(tokens), k, 2)
+        top = TokenLogprobs(pairs[..., 0].astype(np.int64), pairs[..., 1].astype(np.float32))
+        return cls(
+            np.array([t.token for t in tokens], np.int64),
+            np.array([t.logprob for t in tokens], np.float32),
+            np.array([t.version for t in tokens], np.int32),
+            (tokens[-1].stop_reason if tokens else None) or "length",
+            top if k else None,
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class SampleResponse:
-    """`prompt_logprobs` is float32 `[T]`, NaN at position 0; `topk_prompt_logprobs[t]` lists
-    (token id, logprob) of the K likeliest tokens at `t`, None at position 0."""
+    """The samples, and what was asked about the prompt's P tokens; logprobs of prompt tokens are at
+    temperature 1 whatever the request's.
+
+    Attributes:
+        prompt_logprobs: float32 `[P]`, NaN at position 0 and before the last n, if asked so.
+        topk_prompt_logprobs: the K likeliest tokens at each of the P positions, likeliest first;
+            empty where `prompt_logprobs` is NaN.
+        target_prompt_logprobs: float32 `[P - 1, K]`, 0 where no token was named.
+        prompt_alt_tokens: `[P - 1, K]`: row i has K independent draws from the distribution of
+            prompt token i + 1, at the request's temperature, with their logprobs at temperature 1.
+        prompt_cache_hit_tokens: prompt tokens that were not computed again.
+    """
 
     sequences: list[SampledSequence]
     prompt_logprobs: np.ndarray | None = None
-    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    topk_prompt_logprobs: TokenLogprobs | None = None
+    target_prompt_logprobs: np.ndarray | None = None
+    prompt_alt_tokens: TokenLogprobs | None = None
     prompt_cache_hit_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One streamed token; `stop_reason` is set on the last one of its sequence."""
+    """One streamed token; `stop_reason` is set on the last one of its sequence. If asked for,
+    `topk_logprobs` are the K likeliest tokens with their logprobs, likeliest first."""
 
     index: int
     token: int
     logprob: float
     version: int
     stop_reason: StopReason | None = None
+    topk_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,7 +412,12 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An immutable checkpoint; `kind` is `weights` (with optimizer) or `sampler_weights`."""
+    """An immutable checkpoint; `kind` is `weights` (with optimizer), `sampler_weights`, or
+    `external_weights` (a PEFT adapter to take elsewhere).
+
+    It is deleted at `expires` (Unix seconds; None: never). Where users have keys, a `public` one
+    can be read by all of them.
+    """
 
     path: str
     run_id: str
@@ -328,6 +427,8 @@ class Checkpoint:
     created: float
     size_bytes: int
     user_metadata: dict[str, Any] = field(default_factory=dict)
+    expires: float | None = None
+    public: bool = False
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,8 @@ async def test_runs_and_checkpoints_are_listed_newest_first_and_deleted(service)
     )
     before = [(await training.save_state("a", user_metadata={"x": 1})).path]
     await training.optim_step()
-    before += [(await training.save_weights_for_sampler("b")).path]
+    second = await training.save_weights_for_sampler("b", user_metadata={"x": 2})
+    before += [second.path]
     run = (await service.list_training_runs())[0]
     assert (run.run_id, run.base_model, run.user_metadata) == (
         training.run_id,
@@ -234,7 +235,7 @@ async def test_runs_and_checkpoints_are_listed_newest_first_and_deleted(service)
     listed = await service.list_checkpoints(training.run_id)
     assert [c.path for c in listed] == before[::-1]
     assert [(c.kind, c.version) for c in listed] == [("sampler_weights", 1), ("weights", 0)]
-    assert listed[1].user_metadata == {"x": 1}
+    assert [c.user_metadata for c in listed] == [{"x": 2}, {"x": 1}]
     folder = Path(service.home) / "runs" / training.run_id
     assert listed[1].size_bytes == sum(f.stat().st_size for f in (folder / "weights/a").iterdir())
     assert set(before) <= {c.path for c in await service.list_checkpoints()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import pytest
 import tinsmith
 from tests.actors.test_training import new_run
 from tests.data import VOCAB, text_datum
-from tinsmith.primitives.op import Op
-from tinsmith.primitives.types import AdamParams, SamplingParams
+from tinsmith.primitives.client import SamplingClient
+from tinsmith.primitives.op import Op, completed
+from tinsmith.primitives.types import AdamParams, PolicyRef, SamplingParams
 
 MODEL = "tiny-llama"
 PROMPT = np.arange(20)
@@ -34,6 +36,12 @@ async def learn(training, seed: int = 0, steps: int = 1) -> None:
     for _ in range(steps):
         training.forward_backward([text_datum(np.random.default_rng(seed), 40)])
         await training.optim_step(AdamParams(learning_rate=0.02))
+
+
+def alternatives(response, position: int) -> dict[int, float]:
+    """The likeliest tokens at a prompt position, with their logprobs."""
+    top = response.topk_prompt_logprobs
+    return dict(zip(top.tokens[position].tolist(), top.logprobs[position].tolist(), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ async def test_top_k_and_top_p_bound_what_may_be_drawn(base):
     whole = await base.sample(
         PROMPT, 1, params(1), topk_prompt_logprobs=VOCAB
     )  # the distribution after each prompt token
-    after = dict(whole.topk_prompt_logprobs[-1])  # of the token at the last position
+    after = alternatives(whole, -1)  # of the token at the last position
     ranked = sorted(after, key=after.get, reverse=True)
     prompt = PROMPT[:-1]
     drawn = await base.sample(prompt, 64, params(1, top_k=3, seed=0))
@@ -114,14 +122,38 @@ async def test_prompt_logprobs_and_top_alternatives_agree(base):
     )
     assert response.prompt_logprobs.dtype == np.float32
     assert np.isnan(response.prompt_logprobs[0])
-    assert response.topk_prompt_logprobs[0] is None
+    assert np.isnan(response.topk_prompt_logprobs.logprobs[0]).all()
     for position in range(1, len(PROMPT)):
-        alternatives = dict(response.topk_prompt_logprobs[position])
-        assert sum(np.exp(list(alternatives.values()))) == pytest.approx(1, abs=1e-4)
-        assert alternatives[PROMPT[position]] == pytest.approx(
+        after = alternatives(response, position)
+        assert sum(np.exp(list(after.values()))) == pytest.approx(1, abs=1e-4)
+        assert after[PROMPT[position]] == pytest.approx(
             response.prompt_logprobs[position], abs=1e-5
         )
     np.testing.assert_array_equal(await base.compute_logprobs(PROMPT), response.prompt_logprobs)
+    last = await base.compute_logprobs(PROMPT, prompt_logprobs_last_n=3)
+    assert np.isnan(last[:-3]).all()
+    np.testing.assert_allclose(last[-3:], response.prompt_logprobs[-3:], atol=1e-4)
+
+
+async def test_whatever_may_be_asked_about_a_prompt_and_a_sample_comes_with_the_response(base):
+    named = np.stack([PROMPT[1:], np.full(19, -1)], 1)
+    response = await base.sample(
+        PROMPT,
+        2,
+        params(3, seed=0, temperature=0.5),
+        include_prompt_logprobs=True,
+        target_prompt_logprobs=named,
+        prompt_alt_tokens_k=4,
+        topk_sample_logprobs=5,
+    )
+    targets = response.target_prompt_logprobs
+    np.testing.assert_allclose(targets[:, 0], response.prompt_logprobs[1:], atol=1e-5)
+    assert (targets[:, 1] == 0).all()
+    assert response.prompt_alt_tokens.tokens.shape == (19, 4)
+    assert response.topk_prompt_logprobs is None
+    for sequence in response.sequences:
+        assert sequence.topk_logprobs.tokens.shape == (3, 5)
+        assert (sequence.topk_logprobs.logprobs[:, 0] >= sequence.logprobs - 1e-5).all()
 
 
 async def test_compute_logprobs_equals_the_learners_forward(service):
@@ -177,6 +209,19 @@ async def test_a_stream_yields_the_tokens_that_sample_returns(base):
             [t.logprob for t in streamed[index]], sequence.logprobs, atol=1e-4
         )
         assert [t.stop_reason for t in streamed[index]] == [None] * 11 + ["length"]
+
+
+async def test_a_streamed_token_comes_with_the_likeliest_ones_if_asked_for(base):
+    whole = await base.sample(PROMPT, 2, params(seed=2), topk_sample_logprobs=3)
+    streamed: dict[int, list] = {0: [], 1: []}
+    async for token in base.sample_stream(PROMPT, 2, params(seed=2), topk_sample_logprobs=3):
+        streamed[token.index].append(token)
+    for index, sequence in enumerate(whole.sequences):
+        got = tinsmith.SampledSequence.of(streamed[index])
+        np.testing.assert_array_equal(got.tokens, sequence.tokens)
+        top, expected = got.topk_logprobs, sequence.topk_logprobs
+        np.testing.assert_array_equal(top.tokens, expected.tokens)
+        np.testing.assert_allclose(top.logprobs, expected.logprobs, atol=1e-5)
 
 
 async def drain(stream) -> None:
@@ -250,6 +295,27 @@ async def test_published_weights_are_those_of_their_place_in_the_log(service):
     assert [p.policy.version for p in policies] == [1, 2, 3]
     texts = [tuple((await p.compute_logprobs(PROMPT))[1:]) for p in policies]
     assert len(set(texts)) == 3
+
+
+async def test_weights_may_be_made_the_newest_without_pinning_them_or_what_comes_later(service):
+    training = await new_run(service)
+    await learn(training)
+    await training._submit("publish", keep=False, every_step=False)
+    grant = await Op(service.controller.call("grant_sampler", MODEL, PolicyRef(training.run_id)))
+    newest = SamplingClient(completed(grant))
+
+    async def version() -> int:
+        return int((await newest.sample(PROMPT, 1, params(1))).sequences[0].versions[0])
+
+    assert await version() == 1
+    await learn(training)
+    assert await version() == 1
+    await training._submit("publish", keep=False, every_step=False)
+    assert await version() == 2
+    ref = PolicyRef(training.run_id, 1)
+    old = SamplingClient(completed(replace(grant, policy=ref)))
+    with pytest.raises(tinsmith.NotFound, match="no longer holds version 1"):
+        await old.sample(PROMPT, 1, params(1))
 
 
 async def test_a_request_under_way_goes_on_under_new_versions_with_no_token_dropped(service):

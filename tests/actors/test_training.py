@@ -367,6 +367,28 @@ async def test_a_custom_loss_has_the_gradient_of_the_same_built_in_loss(service)
     assert np.linalg.norm(custom - built_in) < 1e-5 * np.linalg.norm(built_in)
 
 
+def soft_cross_entropy(data, logprobs):
+    weights = [torch.tensor(datum.loss_fn_inputs["weights"]) for datum in data]
+    return -sum((w * p).sum() for w, p in zip(weights, logprobs, strict=True)), {}
+
+
+async def test_a_custom_loss_over_several_targets_has_cross_entropys_gradient(service):
+    rng = np.random.default_rng(0)
+    data = [
+        tinsmith.Datum(
+            rng.integers(0, VOCAB, 12),
+            {"target_tokens": rng.integers(0, VOCAB, (12, k)), "weights": rng.random((12, k))},
+        )
+        for k in (2, 5)
+    ]
+    built_in = await gradient(service, lambda t: t.forward_backward(data))
+    custom = await gradient(service, lambda t: t.forward_backward_custom(data, soft_cross_entropy))
+    assert np.linalg.norm(custom - built_in) < 1e-5 * np.linalg.norm(built_in)
+    training = await new_run(service)
+    output = await training.forward_backward_custom(data, soft_cross_entropy)
+    assert [o["logprobs"].shape for o in output.loss_fn_outputs] == [(12, 2), (12, 5)]
+
+
 async def test_a_custom_losses_metrics_come_with_the_outputs(service):
     training = await new_run(service)
     data = [policy_datum(np.random.default_rng(i)) for i in range(2)]

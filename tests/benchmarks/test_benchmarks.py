@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = sorted({path.stem for path in HERE.glob("*.py")} - {"harness", "run_all"})
+NAMES = sorted({path.stem for path in HERE.glob("*.py")} - {"harness", "run_all", "serving"})
 
 
 @pytest.mark.parametrize("name", NAMES)

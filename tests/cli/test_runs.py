@@ -48,7 +48,7 @@ def test_a_run_is_deleted_when_confirmed_and_only_then(service, command, tiny_ho
     assert command("runs", training.run_id).exit_code == 2
 
 
-@pytest.mark.parametrize("verb", ["runs", "plot", "chat"])
+@pytest.mark.parametrize("verb", ["runs", "plot", "chat", "export"])
 def test_a_wrong_name_is_said_in_one_line(trained, command, verb):
     wrong = trained.run_id[:-1]
     result = command(verb, wrong)

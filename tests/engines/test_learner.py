@@ -86,15 +86,31 @@ def padded_reference(model, datums, loss_fn, config):
     loss, outputs = torch.zeros(()), []
     for i, d in enumerate(datums):
         targets = torch.from_numpy(d.loss_fn_inputs["target_tokens"])
-        p = logprobs[i, : len(targets)].gather(-1, targets[:, None])[:, 0]
+        p = logprobs[i, : len(targets)].gather(-1, targets.reshape(len(targets), -1))
+        p = p.reshape(targets.shape)
         inputs = {
             name: torch.tensor(value, dtype=torch.float32)
             for name, value in d.loss_fn_inputs.items()
             if name != "target_tokens"
         }
-        loss = loss + get_loss(loss_fn).function(p, inputs, config).sum()
+        inputs["datum"] = torch.zeros_like(targets)
+        function = get_loss(loss_fn)
+        config = function.fill_config(config)
+        filled = function.fill_inputs(inputs, config)
+        loss = loss + function.function(p, filled, config).sum()
         outputs.append(p.detach().numpy())
     return loss, outputs
+
+
+def assert_gradients_equal(engine, model):
+    run = engine.runs["a"]
+    grads = run.layout.views(run.grad)
+    reference = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert len(reference) == 2 * len(grads)
+    for name, pair in grads.items():
+        for part, got in zip(("lora_A", "lora_B"), pair, strict=True):
+            want = reference[f"base_model.model.{name}.{part}.default.weight"]
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("wanted", ["all", "loss"])
@@ -113,14 +129,90 @@ def test_outputs_and_gradients_equal_pefts(model_path, tmp_path, wanted, max_pac
         assert np.isnan(got["logprobs"][~used]).all()
     assert output.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-4)
 
-    run = engine.runs["a"]
-    grads = run.layout.views(run.grad)
-    reference = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert len(reference) == 2 * len(grads)
-    for name, pair in grads.items():
-        for part, got in zip(("lora_A", "lora_B"), pair, strict=True):
-            want = reference[f"base_model.model.{name}.{part}.default.weight"]
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    assert_gradients_equal(engine, model)
+
+
+@pytest.mark.parametrize("loss_fn", ["gspo", "stable_reinforce"])
+@pytest.mark.parametrize("max_pack_tokens", [40, 2048])
+def test_losses_with_masks_equal_the_reference(
+    tiny_llama, llama, tmp_path, loss_fn, max_pack_tokens
+):
+    """Some datums carry optional inputs, some do not."""
+    mask = {"gspo": "sequence_ratio_mask", "stable_reinforce": "sampled_mask"}[loss_fn]
+    engine = engine_with_run(llama, max_pack_tokens=max_pack_tokens)
+    rng = np.random.default_rng(11)
+    datums = group_batch(rng)
+    outputs = engine.forward("a", datums, "ppo").loss_fn_outputs
+    for i, (datum, output) in enumerate(zip(datums, outputs, strict=True)):
+        length = datum.model_input.length
+        near = output["logprobs"] + rng.normal(0, 0.5, length)  # ratios on both sides of 1
+        inputs = {**datum.loss_fn_inputs, "logprobs": near}
+        if i % 2:
+            inputs[mask] = (rng.random(length) < 0.5) * 1.0
+        if i % 2 and loss_fn == "gspo":
+            inputs["clip_high_threshold"] = rng.uniform(0, 3, length)
+        datums[i] = Datum(datum.model_input, inputs)
+    output = engine.forward_backward("a", datums, loss_fn, logprobs="loss")
+
+    model = peft_model(tiny_llama, engine, "a", tmp_path)
+    loss, _ = padded_reference(model, datums, loss_fn, {})
+    loss.backward()
+    assert output.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-4)
+    assert 0 < output.metrics["clip_fraction:mean"] < 1
+    assert_gradients_equal(engine, model)
+
+
+def soft_targets(rng, length, count, vocab=336) -> Datum:
+    """`count` weighted targets per position, a third of the cells padding; a shared beginning."""
+    weights = rng.uniform(0, 1, (length, count)) * (rng.random((length, count)) < 0.67)
+    targets = np.where(weights != 0, rng.integers(0, vocab, (length, count)), 0)
+    tokens = np.concatenate([np.arange(6), rng.integers(0, vocab, length - 6)])
+    return Datum(tokens, {"target_tokens": targets, "weights": weights})
+
+
+@pytest.mark.parametrize("wanted", ["all", "loss"])
+@pytest.mark.parametrize("max_pack_tokens", [20, 2048])
+def test_soft_targets_equal_dense_cross_entropy(model_path, tmp_path, wanted, max_pack_tokens):
+    engine = engine_with_run(Backbone(model_path), max_pack_tokens=max_pack_tokens)
+    rng = np.random.default_rng(12)
+    datums = [soft_targets(rng, 10 + k, k) for k in (1, 3, 8, 40)]
+    plain = rng.integers(0, 336, 15)
+    datums.insert(1, Datum(plain[:-1], {"target_tokens": plain[1:], "weights": np.ones(14)}))
+    output = engine.forward_backward("a", datums, "cross_entropy", logprobs=wanted)
+
+    model = peft_model(model_path, engine, "a", tmp_path)
+    loss = torch.zeros(())
+    for datum, got in zip(datums, output.loss_fn_outputs, strict=True):
+        logits = model(torch.from_numpy(datum.model_input.tokens)[None]).logits[0]
+        targets = torch.from_numpy(datum.loss_fn_inputs["target_tokens"])
+        weights = torch.from_numpy(datum.loss_fn_inputs["weights"])
+        flat = targets.reshape(len(logits), -1)
+        dense = torch.zeros_like(logits)  # the target distributions, over the whole vocabulary
+        dense.scatter_add_(1, flat, weights.reshape(flat.shape))
+        loss = loss - (dense * logits.log_softmax(-1)).sum()
+        expected = logits.log_softmax(-1).gather(1, flat).reshape(targets.shape).detach()
+        assert got["logprobs"].shape == targets.shape
+        used = (datum.loss_fn_inputs["weights"] != 0) | (wanted == "all")
+        np.testing.assert_allclose(got["logprobs"][used], expected.numpy()[used], atol=1e-4)
+        assert np.isnan(got["logprobs"][~used]).all()
+    loss.backward()
+    assert output.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-4)
+    assert_gradients_equal(engine, model)
+
+
+def test_a_positions_targets_share_its_logits(llama, monkeypatch):
+    engine = engine_with_run(llama)
+    datum = soft_targets(np.random.default_rng(13), 30, 20)
+    shapes = []
+    real = learner_module.target_logprobs
+
+    def spy(hidden, rows, *rest):
+        shapes.append((len(hidden), len(rows)))
+        return real(hidden, rows, *rest)
+
+    monkeypatch.setattr(learner_module, "target_logprobs", spy)
+    engine.forward_backward("a", [datum], "cross_entropy")
+    assert shapes == [(30, 600)]
 
 
 def test_a_shared_prompt_is_computed_once(llama):
@@ -274,6 +366,10 @@ def _bad(**changes):
         (lambda: _bad(advantages=np.ones(3)), r"datum 1: .*advantages.* has shape \(3,\)"),
         (lambda: _bad(logprobs=None), r"datum 1: .*logprobs.* is missing"),
         (lambda: _bad(weights=np.ones(4)), r"datum 1: .*weights.* is not an input"),
+        (
+            lambda: _bad(tokens=np.arange(3), target_tokens=np.ones((3, 2), int)),
+            r"datum 1: .*target_tokens.* shape \(3, 2\): this loss takes one target",
+        ),
     ],
 )
 def test_bad_datums_are_named_and_change_nothing(llama, bad, message):

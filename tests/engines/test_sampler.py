@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinsmith
@@ -336,25 +337,193 @@ def test_without_stop_a_sample_ends_at_the_tokenizers_end_token(llama):
     assert sequence.tokens[-1] == tokenizer.eos_token_id
 
 
-def test_prompt_logprobs_equal_the_models(model_path):
+def reference_logprobs(model_path, tokens, temperature=1.0):
+    """float32 `[len(tokens), V]` by the model's own forward pass."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    logits = model(torch.tensor(tokens)[None]).logits[0].detach()
+    return (logits / temperature).log_softmax(-1)
+
+
+def at(logprobs, tokens):
+    return logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].numpy()
+
+
+def test_prompt_logprobs_equal_the_models(model_path):
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     engine = SamplerEngine(Backbone(model_path), tokenizer, kv_bytes=1 << 24, max_step_rows=30)
     prompt = np.random.default_rng(5).integers(0, 336, 100)
     finish(engine, engine.submit(greedy(prompt)))  # a cached prefix must not cost any logprob
-    params = SamplingParams(max_tokens=1)
+    # Logprobs of prompt tokens are at temperature 1 whatever the request's.
+    params = SamplingParams(max_tokens=1, temperature=0.5)
     request = SampleRequest(prompt, params, prompt_logprobs=True, topk_prompt_logprobs=3)
     response = finish(engine, engine.submit(request))[0]
-    logprobs = model(torch.tensor(prompt)[None]).logits[0].log_softmax(-1).detach()
-    expected = logprobs[:-1].gather(1, torch.tensor(prompt)[1:, None])[:, 0]
+    logprobs = reference_logprobs(model_path, prompt)
     assert np.isnan(response.prompt_logprobs[0])
+    np.testing.assert_allclose(
+        response.prompt_logprobs[1:], at(logprobs[:-1], prompt[1:]), atol=1e-4
+    )
+    top = response.topk_prompt_logprobs
+    assert top.tokens.shape == top.logprobs.shape == (100, 3)
+    assert np.isnan(top.logprobs[0]).all()
+    assert (top.tokens[0] == 0).all()
+    values, ids = logprobs[:-1].topk(3)
+    np.testing.assert_array_equal(top.tokens[1:], ids)
+    np.testing.assert_allclose(top.logprobs[1:], values, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_step_rows", [13, 768])
+def test_the_last_n_prompt_logprobs_leave_the_prefix_to_the_cache(tiny_llama, llama, max_step_rows):
+    prompt = np.random.default_rng(6).integers(0, 336, 100)
+    logprobs = reference_logprobs(tiny_llama, prompt)
+    for last_n, hits in ((1, 96), (3, 96), (4, 80), (50, 48), (99, 0)):
+        engine = make_engine(llama, max_step_rows=max_step_rows)
+        finish(engine, engine.submit(greedy(prompt)))
+        request = SampleRequest(
+            prompt,
+            SamplingParams(max_tokens=1),
+            prompt_logprobs=True,
+            topk_prompt_logprobs=2,
+            prompt_logprobs_last_n=last_n,
+        )
+        response = finish(engine, engine.submit(request))[0]
+        assert response.prompt_cache_hit_tokens == hits
+        scored = slice(100 - last_n, 100)
+        got = response.prompt_logprobs
+        assert np.isnan(got[: 100 - last_n]).all()
+        assert np.isnan(response.topk_prompt_logprobs.logprobs[: 100 - last_n]).all()
+        np.testing.assert_allclose(got[scored], at(logprobs[:-1], prompt[1:])[-last_n:], atol=1e-4)
+        values, ids = logprobs[:-1][-last_n:].topk(2)
+        np.testing.assert_array_equal(response.topk_prompt_logprobs.tokens[scored], ids)
+        np.testing.assert_allclose(
+            response.topk_prompt_logprobs.logprobs[scored], values, atol=1e-4
+        )
+
+
+def test_scoring_the_end_of_a_prompt_under_way_shares_its_computation(tiny_llama, llama):
+    prompt = np.random.default_rng(6).integers(0, 336, 100)
+    engine = make_engine(llama)
+    drawing = engine.submit(greedy(prompt, 30))
+    engine.step()
+    scoring = SampleRequest(
+        prompt, SamplingParams(max_tokens=1), prompt_logprobs=True, prompt_logprobs_last_n=10
+    )
+    _, response = finish(engine, drawing, engine.submit(scoring))
+    assert response.prompt_cache_hit_tokens == 89  # copied, but what predicts the last 10
+    expected = at(reference_logprobs(tiny_llama, prompt)[:-1], prompt[1:])
+    np.testing.assert_allclose(response.prompt_logprobs[90:], expected[89:], atol=1e-4)
+
+
+@pytest.mark.parametrize("max_step_rows", [7, 768])
+def test_target_prompt_logprobs_equal_the_models(tiny_llama, llama, max_step_rows):
+    rng = np.random.default_rng(7)
+    prompt = rng.integers(0, 336, 60)
+    targets = np.where(rng.random((59, 5)) < 0.5, -1, rng.integers(0, 336, (59, 5)))
+    targets[:40] = -1
+    targets[40, 0] = 7
+    engine = make_engine(llama, max_step_rows=max_step_rows)
+    finish(engine, engine.submit(greedy(prompt)))
+    request = SampleRequest(
+        prompt, SamplingParams(max_tokens=1, temperature=2.0), target_prompt_logprobs=targets
+    )
+    response = finish(engine, engine.submit(request))[0]
+    got = response.target_prompt_logprobs
+    assert got.dtype == np.float32
+    expected = reference_logprobs(tiny_llama, prompt)[:-1].gather(
+        1, torch.tensor(np.maximum(targets, 0))
+    )
+    np.testing.assert_allclose(got, np.where(targets >= 0, expected, 0), atol=1e-4)
+    assert response.prompt_logprobs is None
+    # Token 41 is the first to be scored, from the hidden state of token 40.
+    assert response.prompt_cache_hit_tokens == 32
+
+
+def test_alternative_prompt_tokens_are_drawn_from_the_models_distribution(tiny_llama, llama):
+    prompt, count = np.random.default_rng(8).integers(0, 336, 5), 4000
+    engine = make_engine(llama, max_step_rows=3)
+    request = SampleRequest(
+        prompt, SamplingParams(max_tokens=1, temperature=0.7, seed=3), prompt_alt_tokens_k=count
+    )
+    alternatives = finish(engine, engine.submit(request))[0].prompt_alt_tokens
+    assert alternatives.tokens.shape == alternatives.logprobs.shape == (4, count)
+    tempered = reference_logprobs(tiny_llama, prompt, 0.7)[:-1].double().exp().numpy()
+    logprobs = reference_logprobs(tiny_llama, prompt)[:-1]
+    for row in range(4):
+        drawn = np.bincount(alternatives.tokens[row], minlength=336)
+        expected = tempered[row] * count
+        common = expected >= 5
+        observed = np.append(drawn[common], drawn[~common].sum())
+        wanted = np.append(expected[common], expected[~common].sum())
+        assert chisquare(observed, wanted * count / wanted.sum()).pvalue > 1e-4
+        np.testing.assert_allclose(
+            alternatives.logprobs[row], logprobs[row].numpy()[alternatives.tokens[row]], atol=1e-4
+        )
+    again = finish(engine, engine.submit(request))[0].prompt_alt_tokens
+    np.testing.assert_array_equal(again.tokens, alternatives.tokens)
+
+
+def test_alternative_prompt_tokens_at_temperature_0_are_the_likeliest(tiny_llama, llama):
+    prompt = np.random.default_rng(9).integers(0, 336, 20)
+    engine = make_engine(llama)
+    request = SampleRequest(
+        prompt, SamplingParams(max_tokens=1, temperature=0), prompt_alt_tokens_k=2
+    )
+    alternatives = finish(engine, engine.submit(request))[0].prompt_alt_tokens
+    best = reference_logprobs(tiny_llama, prompt)[:-1].argmax(-1)
+    np.testing.assert_array_equal(alternatives.tokens, np.stack([best, best], 1))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 0.0])
+def test_the_likeliest_tokens_of_a_sample_equal_the_models(tiny_llama, llama, temperature):
+    engine = make_engine(llama)
+    prompt = np.arange(20)
+    params = SamplingParams(max_tokens=15, stop=[], seed=1, temperature=temperature, top_k=9)
+    number = engine.submit(SampleRequest(prompt, params, num_samples=3, topk_sample_logprobs=4))
+    other = engine.submit(SampleRequest(prompt, params, topk_sample_logprobs=2))
+    plain = engine.submit(seeded(prompt, 1))
+    response, fewer, without = finish(engine, number, other, plain)
+    for sequence in (*response.sequences, *fewer.sequences):
+        k = 2 if sequence in fewer.sequences else 4
+        text = np.concatenate([prompt, sequence.tokens])
+        logprobs = reference_logprobs(tiny_llama, text, temperature or 1.0)[19:-1]
+        values, ids = logprobs.topk(k)
+        np.testing.assert_array_equal(sequence.topk_logprobs.tokens, ids)
+        np.testing.assert_allclose(sequence.topk_logprobs.logprobs, values, atol=1e-4)
+        np.testing.assert_allclose(sequence.logprobs, at(logprobs, sequence.tokens), atol=1e-4)
+    assert without.sequences[0].topk_logprobs is None
+
+
+def test_without_max_tokens_a_sample_goes_on_to_the_end_of_the_context(llama):
+    engine = make_engine(llama)
+    for length, expected in ((500, 12), (511, 1), (512, 1)):
+        request = SampleRequest(np.arange(length) % 300, SamplingParams(stop=[], seed=0))
+        sequence = finish(engine, engine.submit(request))[0].sequences[0]
+        assert len(sequence.tokens) == expected
+        assert sequence.stop_reason == "length"
+
+
+def test_a_prompt_as_long_as_the_context_is_scored_to_its_end(tiny_llama, llama):
+    engine = make_engine(llama)
+    prompt = np.random.default_rng(10).integers(0, 336, 512)
+    request = SampleRequest(prompt, SamplingParams(max_tokens=1), prompt_logprobs=True)
+    response = finish(engine, engine.submit(request))[0]
+    expected = at(reference_logprobs(tiny_llama, prompt)[:-1], prompt[1:])
     np.testing.assert_allclose(response.prompt_logprobs[1:], expected, atol=1e-4)
-    assert response.topk_prompt_logprobs[0] is None
-    for position in range(1, 100):
-        values, ids = logprobs[position - 1].topk(3)
-        got = response.topk_prompt_logprobs[position]
-        assert [i for i, _ in got] == ids.tolist()
-        np.testing.assert_allclose([v for _, v in got], values, atol=1e-4)
+    assert len(response.sequences[0].tokens) == 1
+
+
+def test_a_prompt_of_one_token_has_nothing_to_score(llama):
+    engine = make_engine(llama)
+    request = SampleRequest(
+        [5],
+        SamplingParams(max_tokens=1),
+        prompt_logprobs=True,
+        topk_prompt_logprobs=2,
+        prompt_alt_tokens_k=3,
+    )
+    response = finish(engine, engine.submit(request))[0]
+    assert np.isnan(response.prompt_logprobs).tolist() == [True]
+    assert response.topk_prompt_logprobs.tokens.shape == (1, 2)
+    assert response.prompt_alt_tokens.tokens.shape == (0, 3)
 
 
 def test_a_cancelled_request_frees_its_memory(llama):
@@ -374,6 +543,13 @@ def test_bad_requests_say_what_is_wrong(llama):
         engine.submit(greedy([3, 336]))
     with pytest.raises(tinsmith.InvalidInput, match="prompt of 510 tokens and max_tokens=12"):
         engine.submit(greedy(np.zeros(510, np.int64)))
+    with pytest.raises(
+        tinsmith.InvalidInput, match="target_prompt_logprobs holds token 400 at pos"
+    ):
+        engine.submit(greedy([1, 2], target_prompt_logprobs=[[3, 400]]))
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        with pytest.raises(tinsmith.InvalidInput, match=f"{name}=337 is more than the vocab"):
+            engine.submit(greedy([1, 2], **{name: 337}))
     with pytest.raises(tinsmith.InvalidInput, match="prompt is empty"):
         SampleRequest([])
     with pytest.raises(tinsmith.InvalidInput, match="prompt holds a negative token"):

@@ -32,12 +32,14 @@ from tinsmith.primitives.types import (
     Segment,
     ServerCapabilities,
     SupportedModel,
+    TokenLogprobs,
     TrainingInfo,
     TrainingRun,
     Trajectory,
 )
 
 LOGPROBS = np.array([np.nan, -0.0, -1e-38, np.float32(-1 / 3)], np.float32)
+TOP = TokenLogprobs(np.array([[3, 1], [0, 0]]), LOGPROBS.reshape(2, 2))
 SEQUENCE = SampledSequence(
     np.array([5, 2**40, 0, 1]), LOGPROBS, np.array([1, 1, 2, 2], np.int32), "length"
 )
@@ -63,7 +65,7 @@ EXAMPLES = [
     AdamParams(1e-5, 0.8, 0.9, 1e-8, 0.1, 1.0),
     PolicyRef("run", None),
     SEQUENCE,
-    SampleResponse([SEQUENCE], LOGPROBS, [None, [(3, -0.5), (1, -1 / 3)]], 16),
+    SampleResponse([SEQUENCE], LOGPROBS, TOP, LOGPROBS[:, None], TOP, 16),
     SampledToken(1, 5, -1 / 3, 4, "stop"),
     ForwardBackwardOutput([{"logprobs": LOGPROBS}, {}], {"loss:sum": 1 / 3}),
     OptimStepResponse(3, {"grad_norm": 0.1}),
@@ -109,7 +111,8 @@ def test_every_dataclass_comes_back_bit_for_bit(value):
 def test_sampling_params_and_requests_keep_every_form_of_stop(stop):
     params = SamplingParams(5, 2**40, stop, 0.5, 10, 0.9)
     assert_same(decode(encode(params), SamplingParams), params)
-    request = SampleRequest([1, 2], params, PolicyRef("run", 3), 2, True, 4)
+    targets = np.array([[3, -1]])
+    request = SampleRequest([1, 2], params, PolicyRef("run", 3), 2, True, 4, 1, targets, 5, 6)
     assert_same(decode(encode(request), SampleRequest), request)
 
 

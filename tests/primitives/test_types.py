@@ -37,6 +37,7 @@ def test_a_datum_takes_lists_and_tensors_and_keeps_floats_as_float32():
     [
         ([[1, 2]], r"model_input must be one-dimensional, got shape \(1, 2\)"),
         ([1.5], "model_input must be integer token ids, got dtype float64"),
+        ([2**63], "model_input holds a negative token id at position 0"),
         (["a"], "model_input must be integer token ids"),
         ([1, -3], "model_input holds a negative token id at position 1"),
     ],
@@ -95,8 +96,11 @@ def test_bad_adam_params_are_named(field, value):
         ("top_k", 0),
         ("top_p", 0),
         ("top_p", 1.1),
+        ("top_k", 2**31),
         ("seed", -1),
+        ("seed", 2**64),
         ("stop", ["a", 1]),
+        ("stop", "\ud800"),
     ],
 )
 def test_bad_sampling_params_are_named(field, value):
@@ -116,8 +120,30 @@ def test_bad_sample_requests_are_named():
         SampleRequest([])
     with pytest.raises(tinsmith.InvalidInput, match="num_samples must be at least 1"):
         SampleRequest([1], num_samples=0)
-    with pytest.raises(tinsmith.InvalidInput, match="topk_prompt_logprobs must be >= 0"):
-        SampleRequest([1], topk_prompt_logprobs=-1)
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
+        with pytest.raises(tinsmith.InvalidInput, match=f"{name} must be >= 0"):
+            SampleRequest([1], **{name: -1})
+    with pytest.raises(tinsmith.InvalidInput, match="last_n needs prompt_logprobs"):
+        SampleRequest([1, 2], prompt_logprobs_last_n=1)
+    for last_n in (0, 2):
+        with pytest.raises(tinsmith.InvalidInput, match=f"must be from 1 to 1, .* got {last_n}"):
+            SampleRequest([1, 2], prompt_logprobs=True, prompt_logprobs_last_n=last_n)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([1, 2], r"must have shape \[2, K\], .* got \[2\]"),
+        ([[1]], r"must have shape \[2, K\], .* got \[1, 1\]"),
+        ([[1.0], [2.0]], "must be integer token ids"),
+        ([[1, -1], [-2, 3]], "holds -2 at position 1, 0"),
+        ([[-1], [-1]], "names no token"),
+        (np.zeros((2, 0), int), "names no token"),
+    ],
+)
+def test_bad_prompt_targets_are_named(targets, message):
+    with pytest.raises(tinsmith.InvalidInput, match=f"target_prompt_logprobs {message}"):
+        SampleRequest([1, 2, 3], target_prompt_logprobs=targets)
 
 
 def test_a_bad_datum_is_named_by_its_index_and_field():
@@ -134,6 +160,37 @@ def test_a_bad_datum_is_named_by_its_index_and_field():
         with pytest.raises(tinsmith.InvalidInput, match=message):
             validate_datums([good, bad], ["weights"], 10, 512)
     validate_datums([good], ["weights"], 10, 512)
+
+
+def test_soft_targets_are_checked_cell_by_cell():
+    targets, weights = np.ones((2, 3), int), np.ones((2, 3))
+    wrong_token, wrong_weight = targets.copy(), weights.copy()
+    wrong_token[1, 2] = 10
+    wrong_weight[0, 1] = np.inf
+    for inputs, message in (
+        ({"target_tokens": wrong_token}, r"'target_tokens'\] holds token 10 at position \[1, 2\]"),
+        ({"weights": wrong_weight}, r"'weights'\] is inf at position \[0, 1\]"),
+        ({"weights": np.ones(2)}, r"'weights'\] has shape \(2,\), target_tokens \(2, 3\)"),
+        ({"target_tokens": targets[:1]}, r"shape \(1, 3\), but model_input has 2 tokens"),
+        ({"target_tokens": targets[:, :0]}, "give at least one target per position"),
+        ({"target_tokens": targets[None]}, r"shape \(1, 2, 3\), but model_input has 2 tokens"),
+    ):
+        bad = tinsmith.Datum([1, 2], {"target_tokens": targets, "weights": weights, **inputs})
+        with pytest.raises(tinsmith.InvalidInput, match=f"datum 0: .*{message}"):
+            validate_datums([bad], ["weights"], 10, 512, multi_target=True)
+    good = tinsmith.Datum([1, 2], {"target_tokens": targets, "weights": weights})
+    validate_datums([good], ["weights"], 10, 512, multi_target=True)
+    with pytest.raises(tinsmith.InvalidInput, match="this loss takes one target per position"):
+        validate_datums([good], ["weights"], 10, 512)
+
+
+def test_optional_inputs_may_be_left_out():
+    inputs = {"target_tokens": [2, 3], "weights": [1.0, 1.0], "mask": [1.0, 0.0]}
+    with_mask = tinsmith.Datum([1, 2], inputs)
+    without = tinsmith.Datum([1, 2], {k: v for k, v in inputs.items() if k != "mask"})
+    validate_datums([with_mask, without], ["weights"], 10, 512, optional=["mask"])
+    with pytest.raises(tinsmith.InvalidInput, match="weights, other if you like"):
+        validate_datums([with_mask], ["weights"], 10, 512, optional=["other"])
 
 
 def test_a_trajectory_adds_up_its_segments():

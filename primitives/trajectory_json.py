@@ -1,0 +1,81 @@
+"""Trajectories as JSON: how they come over HTTP, from services that recorded an agent's requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from .errors import InvalidInput
+from .types import Message, Segment, Trajectory
+
+_DTYPES = {"tokens": np.int64, "mask": np.bool_, "logprobs": np.float32, "versions": np.int32}
+
+
+class _Segment(msgspec.Struct):
+    tokens: list[int]
+    mask: list[bool]
+    logprobs: list[float]
+    versions: list[int]
+
+
+class _Trajectory(msgspec.Struct):
+    segments: list[_Segment]
+    messages: list[Message]
+    rewards: list[float] = []
+    terminated: bool = False
+    truncated: bool = False
+    info: dict[str, Any] = {}
+    seed: int | None = None
+    seconds: float = 0.0
+
+
+def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
+    """JSON values that `trajectory_from_json` turns into the same trajectory, bit for bit."""
+    return {
+        "segments": [
+            {name: getattr(segment, name).tolist() for name in _DTYPES}
+            for segment in trajectory.segments
+        ],
+        "messages": trajectory.messages,
+        "rewards": trajectory.rewards,
+        "terminated": trajectory.terminated,
+        "truncated": trajectory.truncated,
+        "info": trajectory.info,
+        "seed": trajectory.seed,
+        "seconds": trajectory.seconds,
+    }
+
+
+def trajectory_from_json(data: Mapping[str, Any]) -> Trajectory:
+    """The trajectory of `GET /v1/trajectories/{id}`, ready for `algorithms.datums`.
+
+    Raises:
+        InvalidInput: naming the field that is missing or of another shape.
+    """
+    try:
+        content = msgspec.convert(dict(data), _Trajectory)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"not a trajectory: {error}") from None
+    return Trajectory(
+        [_segment(index, segment) for index, segment in enumerate(content.segments)],
+        content.rewards,
+        content.terminated,
+        content.truncated,
+        content.messages,
+        content.info,
+        content.seed,
+        content.seconds,
+    )
+
+
+def _segment(index: int, content: _Segment) -> Segment:
+    lengths = {name: len(getattr(content, name)) for name in _DTYPES}
+    if len(set(lengths.values())) > 1:
+        raise InvalidInput(f"not a trajectory: segments[{index}] has arrays of lengths {lengths}")
+    try:
+        return Segment(**{n: np.array(getattr(content, n), kind) for n, kind in _DTYPES.items()})
+    except OverflowError as error:
+        raise InvalidInput(f"not a trajectory: segments[{index}]: {error}") from None
