@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 
@@ -32,6 +32,9 @@ from .wire import (
     read_training_request,
     write_training_output,
 )
+
+T = TypeVar("T")
+LARGE_BYTES = 1 << 18
 
 
 def training_routes(gateway: Gateway) -> APIRouter:
@@ -112,7 +115,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
     async def forward_backward(request: Request) -> dict[str, Any]:
         owner = gateway.access.owner(request)
         body = await read_body(request, owner)
-        message = read_training_request(body, settings.max_decoded_bytes)
+        message = await aside(body, read_training_request, settings.max_decoded_bytes)
         run = await gateway.run(owner, message.run_id)
         kind = "forward" if message.forward_only else "forward_backward"
 
@@ -131,7 +134,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
         try:
             async for chunk in request.stream():
                 body += chunk
-            return decompress(bytes(body), encoding, settings.max_decoded_bytes)
+            return await aside(bytes(body), decompress, encoding, settings.max_decoded_bytes)
         except (OutOfCapacity, TooLarge) as error:
             if isinstance(error, TooLarge):
                 body += error.part
@@ -243,6 +246,13 @@ _PROTO_BODY = {
 
 def is_local(request: Request) -> bool:
     return request.client is not None and request.client.host in ("127.0.0.1", "::1")
+
+
+async def aside(body: bytes, function: Callable[..., T], *args: Any) -> T:
+    """`function(body, *args)`, in a thread where a large body would keep other clients waiting."""
+    if len(body) < LARGE_BYTES:
+        return function(body, *args)
+    return await asyncio.to_thread(function, body, *args)
 
 
 async def training_args(gateway: Gateway, run: Run, message: TrainingRequest) -> dict[str, Any]:
