@@ -29,13 +29,15 @@ def adapter_sizes(storage: Storage, path: str) -> dict[str, int]:
     return {file: sizes[file] for file in FILES}
 
 
+def adapter_file(storage: Storage, path: str, file: str) -> bytes:
+    """One of these files. Errors as `adapter_sizes`."""
+    with storage.open(path, file) as stream:
+        return stream.read()
+
+
 def adapter_files(storage: Storage, path: str) -> dict[str, bytes]:
     """The files that PEFT loads, by name. Errors as `adapter_sizes`."""
-    files = {}
-    for file in adapter_sizes(storage, path):
-        with storage.open(path, file) as stream:
-            files[file] = stream.read()
-    return files
+    return {file: adapter_file(storage, path, file) for file in adapter_sizes(storage, path)}
 
 
 def adapter_archive(storage: Storage, path: str) -> Iterator[bytes]:

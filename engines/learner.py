@@ -125,8 +125,8 @@ class LearnerEngine:
     ) -> None:
         """Replace the run's parameters, and its optimizer by `state` (None: a fresh one).
 
-        The accumulated gradient is dropped, unless `state` has one. `version=None` counts as a step, so that samplers
-        take the loaded weights for new.
+        The accumulated gradient is dropped, unless `state` has one. `version=None` counts as a
+        step, so that samplers take the loaded weights for new.
         """
         run = self._run(run_id)
         run.params.copy_(params)

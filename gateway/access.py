@@ -11,6 +11,11 @@ from ..primitives.errors import TinsmithError
 EVERYBODY = "local"
 
 
+def is_local(request: Request) -> bool:
+    """Whether the client is on this machine."""
+    return request.client is not None and request.client.host in ("127.0.0.1", "::1")
+
+
 class Keys(Protocol):
     def owner(self, key: str) -> str | None: ...
 

@@ -23,7 +23,14 @@ from ..primitives.client import RunGrant, SamplerGrant, ServiceClient
 from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
 from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath
-from ..primitives.types import Checkpoint, LoraConfig, PolicyRef, SampleRequest, SampleResponse
+from ..primitives.types import (
+    Checkpoint,
+    LoraConfig,
+    PolicyRef,
+    SampleRequest,
+    SampleResponse,
+    TrainingRun,
+)
 from .access import Access
 from .completions import Completions
 from .futures import Answer, Futures
@@ -51,6 +58,9 @@ class Session:
     runs: dict[str, Run] = field(default_factory=dict)
     samplers: dict[str, Sampler] = field(default_factory=dict)
     samples: set[str] = field(default_factory=set)
+
+    def seen(self) -> None:
+        self.last_seen = time.monotonic()
 
 
 @dataclass(eq=False)
@@ -82,7 +92,6 @@ class Run:
 class Sampler:
     row: SamplerRow
     grant: asyncio.Future[SamplerGrant] | None = None
-    requests: int = 0
 
 
 class Gateway:
@@ -146,7 +155,7 @@ class Gateway:
                 f"session {session_id} is over: it finished, or sent no heartbeat for "
                 f"{self.settings.session_timeout_s:g} s; make a new ServiceClient"
             )
-        session.last_seen = time.monotonic()
+        session.seen()
         return session
 
     async def end_session(self, session: Session, status: str, detail: str | None = None) -> None:
@@ -211,11 +220,7 @@ class Gateway:
             nonlocal base_model, lora
             if path is not None:
                 checkpoint = await self.checkpoint(session.owner, path)
-                source = await self.store.run(checkpoint.run_id)
-                if base_model is None and source is not None:
-                    base_model = source.base_model
-                elif base_model is None:
-                    base_model = (await self.training_run(checkpoint.run_id)).base_model
+                base_model = base_model or await self.base_model(checkpoint.run_id)
             assert base_model is not None
             row = RunRow(run_id, session.session_id, session.owner, base_model)
             known_as = await self.models.resolve(base_model)
@@ -245,7 +250,7 @@ class Gateway:
         """
         session = self._sessions.get(run_id.partition(":")[0])
         if session is not None and session.owner == owner and run_id in session.runs:
-            session.last_seen = time.monotonic()
+            session.seen()
             return session.runs[run_id]
         row = await self.store.run(run_id)
         if row is None or row.owner != owner:
@@ -253,22 +258,40 @@ class Gateway:
         session = await self.session(owner, row.session_id)
         return session.runs.setdefault(run_id, Run(row, None))
 
-    async def training_run(self, run_id: str) -> Any:
-        return await Op(self.service.get_training_run(run_id).future)
+    async def training_run(self, run_id: str) -> TrainingRun:
+        """
+        Raises:
+            NotFound: no such run.
+        """
+        return await self.service.get_training_run(run_id)
+
+    async def base_model(self, run_id: str) -> str:
+        """A run's base model as its client called it."""
+        row = await self.store.run(run_id)
+        return (await self.training_run(run_id) if row is None else row).base_model
+
+    async def owned_runs(self, owner: str) -> list[TrainingRun]:
+        """Newest first."""
+        rows = await self.store.all_runs()
+        return [
+            run
+            for run in await Op(self.controller.call("list_runs"))
+            if self._owns(owner, rows.get(run.run_id))
+        ]
 
     async def operate(
         self,
         run: Run,
         seq_id: int,
         kind: str,
-        args: dict[str, Any] | Callable[[], Awaitable[dict[str, Any]]],
+        args: Callable[[], Awaitable[dict[str, Any]]],
         answer: Callable[[Any], Answer | Awaitable[Answer]],
         size: int = 0,
-    ) -> str:
-        """Append operation `seq_id` to a run's log; returns the request's id.
+    ) -> dict[str, str]:
+        """Append operation `seq_id` to a run's log; returns what names the request.
 
-        `args` may be a function that prepares them, and may fail: the operation then takes its
-        place in the log and nothing happens. The same number again is the same request.
+        `args` prepares the operation's and may fail: the operation then takes its place in the
+        log and nothing happens. The same number again is the same request.
 
         Raises:
             Busy: too many bytes wait already.
@@ -290,7 +313,7 @@ class Gateway:
             grant = await self._run_grant(run)
             learner = grant.learner
             try:
-                prepared = args if isinstance(args, dict) else await args()
+                prepared = await args()
             except BaseException:
                 learner.call("submit", run_id, seq_id, "skip", {})
                 raise
@@ -303,7 +326,7 @@ class Gateway:
             self._pending_bytes += size
             waiting = self.futures.settled(request_id)
             waiting.add_done_callback(lambda _: self._operation_done(run, seq_id))
-        return request_id
+        return {"request_id": request_id, "model_id": run_id}
 
     def _operation_done(self, run: Run, seq_id: int) -> None:
         self._pending_bytes -= run.pending.pop(seq_id, 0)
@@ -362,11 +385,7 @@ class Gateway:
             return sampler_id
         if model_path is not None:
             checkpoint = await self.checkpoint(session.owner, model_path)
-            source = await self.store.run(checkpoint.run_id)
-            if source is not None:
-                base_model = source.base_model
-            else:
-                base_model = (await self.training_run(checkpoint.run_id)).base_model
+            base_model = await self.base_model(checkpoint.run_id)
         elif base_model is None:
             raise InvalidInput("give a base_model or a model_path to sample from")
         if policy is None:
@@ -396,13 +415,21 @@ class Gateway:
         if session is not None and session.owner == owner and session.active:
             sampler = session.samplers.get(sampler_id)
             if sampler is not None:
-                session.last_seen = time.monotonic()
+                session.seen()
                 return session, sampler
+        row = await self.sampler_row(owner, sampler_id)
+        session = await self.active_session(owner, row.session_id)
+        return session, session.samplers.setdefault(sampler_id, Sampler(row))
+
+    async def sampler_row(self, owner: str, sampler_id: str) -> SamplerRow:
+        """
+        Raises:
+            NotFound: the owner has no such sampling session.
+        """
         row = await self.store.sampler(sampler_id)
         if row is None or row.owner != owner:
             raise NotFound(f"no sampling session {sampler_id!r}")
-        session = await self.active_session(owner, row.session_id)
-        return session, session.samplers.setdefault(sampler_id, Sampler(row))
+        return row
 
     async def _ready(self, sampler: Sampler) -> None:
         with (
@@ -473,8 +500,10 @@ class Gateway:
         return found
 
     async def owns_run(self, owner: str, run_id: str) -> bool:
+        return self._owns(owner, await self.store.run(run_id))
+
+    def _owns(self, owner: str, row: RunRow | None) -> bool:
         """Runs made without the gateway belong to everybody where there are no keys."""
-        row = await self.store.run(run_id)
         return not self.access.closed if row is None else row.owner == owner
 
     # ---- upkeep ----

@@ -24,6 +24,7 @@ class GatewayPolicies:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._tokenizer = lru_cache(16)(load_tokenizer)
+        self._facts = lru_cache(16)(model_facts)
         self._checkpoints: dict[str, SamplerGrant] = {}
 
     async def owner(self, request: Request) -> str:
@@ -40,11 +41,9 @@ class GatewayPolicies:
         """The base models, then the owner's checkpoints, newest first."""
         names = [name for name, _ in await self._gateway.models.list()]
         checkpoints = await Op(self._gateway.controller.call("list_checkpoints", None))
-        own = {row.run_id for row in await self._gateway.store.runs(owner)}
+        own = {run.run_id for run in await self._gateway.owned_runs(owner)}
         return [ServedModel(name, 0) for name in names] + [
-            ServedModel(c.path, int(c.created), owner)
-            for c in checkpoints
-            if c.run_id in own or (not self._gateway.access.closed and c.kind != "external_weights")
+            ServedModel(c.path, int(c.created), owner) for c in checkpoints if c.run_id in own
         ]
 
     async def open(self, owner: str, model: str) -> ServedPolicy:
@@ -65,7 +64,7 @@ class GatewayPolicies:
             grant = await self._grant("grant_sampler", known_as, PolicyRef())
         gateway.used(grant.base_model)
         stats = await Op(grant.sampler.call("stats"))
-        facts = await asyncio.to_thread(model_facts, grant.model_path)
+        facts = await asyncio.to_thread(self._facts, grant.model_path)
         tokenizer = await asyncio.to_thread(self._tokenizer, grant.model_path)
         room = min(facts.max_context, stats["num_blocks"] * stats["block_size"])
         return ServedPolicy(SamplingClient(completed(grant)), tokenizer, room)

@@ -31,6 +31,11 @@ Text = Annotated[str, AfterValidator(_sendable)]
 MAX_RANK = 4096
 
 
+def strings(metadata: Metadata) -> dict[str, str]:
+    """Metadata as the API keeps it: its values are texts."""
+    return {key: str(value) for key, value in metadata.items()}
+
+
 class Body(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from ..actors.archive import adapter_archive, adapter_files
+from ..actors.archive import adapter_archive, adapter_file, adapter_sizes
 from ..actors.storage import Storage
 from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.op import Op
@@ -22,7 +22,7 @@ from ..primitives.paths import CheckpointPath
 from ..primitives.types import Checkpoint, TrainingRun
 from . import encryption
 from .core import Gateway
-from .requests import CopyWeights, SearchSessions, SetTtl, WeightsInfo
+from .requests import CopyWeights, SearchSessions, SetTtl, WeightsInfo, strings
 from .store import SessionRow
 
 CHECKPOINT_TYPES = {
@@ -48,7 +48,7 @@ def rest_routes(gateway: Gateway) -> APIRouter:
         request: Request, limit: Limit = 20, offset: Offset = 0
     ) -> dict[str, Any]:
         owner = gateway.access.owner(request)
-        runs = await owned_runs(owner)
+        runs = await gateway.owned_runs(owner)
         page = runs[offset : offset + limit]
         return {
             "training_runs": [await run_json(owner, run) for run in page],
@@ -66,31 +66,20 @@ def rest_routes(gateway: Gateway) -> APIRouter:
         found = await Op(controller.call("list_checkpoints", run.run_id))
         return {"checkpoints": [checkpoint_json(checkpoint) for checkpoint in found]}
 
-    async def owned_runs(owner: str) -> list[TrainingRun]:
-        rows = await gateway.store.all_runs()
-        return [
-            run
-            for run in await Op(controller.call("list_runs"))
-            if (
-                rows[run.run_id].owner == owner if run.run_id in rows else not gateway.access.closed
-            )
-        ]
-
     async def owned_run(owner: str, run_id: str) -> TrainingRun:
         if not await gateway.owns_run(owner, run_id):
             raise NotFound(f"no training run {run_id!r}")
         return await gateway.training_run(run_id)
 
     async def run_json(owner: str, run: TrainingRun) -> dict[str, Any]:
-        row = await gateway.store.run(run.run_id)
         found = {
             "training_run_id": run.run_id,
-            "base_model": run.base_model if row is None else row.base_model,
+            "base_model": await gateway.base_model(run.run_id),
             "model_owner": owner,
             "is_lora": True,
             "lora_rank": run.lora.rank,
             "last_request_time": _time(run.last_request),
-            "user_metadata": _strings(run.user_metadata),
+            "user_metadata": strings(run.user_metadata) or None,
         }
         checkpoints = await Op(controller.call("list_checkpoints", run.run_id))
         for field, kind in (
@@ -108,7 +97,7 @@ def rest_routes(gateway: Gateway) -> APIRouter:
     async def checkpoints(
         request: Request, limit: Limit = 100, offset: Offset = 0
     ) -> dict[str, Any]:
-        mine = {run.run_id for run in await owned_runs(gateway.access.owner(request))}
+        mine = {run.run_id for run in await gateway.owned_runs(gateway.access.owner(request))}
         found = [c for c in await Op(controller.call("list_checkpoints", None)) if c.run_id in mine]
         return {
             "checkpoints": [checkpoint_json(c) for c in found[offset : offset + limit]],
@@ -164,7 +153,7 @@ def rest_routes(gateway: Gateway) -> APIRouter:
         """Addresses of the files, good for an hour for whoever has them."""
         path = str(CheckpointPath(run_id, kind, name))
         checkpoint = await gateway.checkpoint(gateway.access.owner(request), path)
-        files = await asyncio.to_thread(adapter_files, storage, path)
+        files = await asyncio.to_thread(adapter_sizes, storage, path)
         suffix = encryption.SUFFIX if encryption.recipients_of(checkpoint) else ""
         expires = time.time() + URL_LIFE_S
         urls = {}
@@ -191,21 +180,19 @@ def rest_routes(gateway: Gateway) -> APIRouter:
         )
         if not good or int(expires) < time.time():
             raise NotFound("this address is not valid, or not any more: ask for new ones")
-        files = await asyncio.to_thread(adapter_files, storage, path)
         recipients = encryption.recipients_of(await Op(controller.call("get_checkpoint", path)))
-        if not recipients:
-            return Response(files[file], media_type="application/octet-stream")
-        data = files[file.removesuffix(encryption.SUFFIX)]
-        sealed = await asyncio.to_thread(encryption.seal, data, recipients)
-        return Response(sealed, media_type="application/octet-stream")
+        plain = file.removesuffix(encryption.SUFFIX) if recipients else file
+        data = await asyncio.to_thread(adapter_file, storage, path, plain)
+        if recipients:
+            data = await asyncio.to_thread(encryption.seal, data, recipients)
+        return Response(data, media_type="application/octet-stream")
 
     @router.post("/weights_info")
     async def weights_info(request: Request, body: WeightsInfo) -> dict[str, Any]:
         checkpoint = await gateway.checkpoint(gateway.access.owner(request), body.tinker_path)
         run = await gateway.training_run(checkpoint.run_id)
-        row = await gateway.store.run(checkpoint.run_id)
         return {
-            "base_model": run.base_model if row is None else row.base_model,
+            "base_model": await gateway.base_model(run.run_id),
             "is_lora": True,
             "lora_rank": run.lora.rank,
             "train_unembed": run.lora.train_unembed,
@@ -250,7 +237,7 @@ def rest_routes(gateway: Gateway) -> APIRouter:
         return {
             "training_run_ids": [run.run_id for run in runs],
             "sampler_ids": [sampler.sampler_id for sampler in samplers],
-            "user_metadata": _strings(row.user_metadata),
+            "user_metadata": strings(row.user_metadata) or None,
             "display_name": row.display_name,
         }
 
@@ -298,7 +285,7 @@ def rest_routes(gateway: Gateway) -> APIRouter:
             "checkpoints_count": count,
             "checkpoint_storage_bytes": size,
             "display_name": row.display_name,
-            "user_metadata": _strings(row.user_metadata),
+            "user_metadata": strings(row.user_metadata) or None,
         }
 
     # ---- what a hosted service would charge and log: nothing ----
@@ -329,7 +316,7 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "tinker_path": checkpoint.path,
         "size_bytes": checkpoint.size_bytes,
         "public": checkpoint.public,
-        "user_metadata": _strings(checkpoint.user_metadata),
+        "user_metadata": strings(checkpoint.user_metadata) or None,
     }
     if checkpoint.expires is not None:
         found["expires_at"] = _time(checkpoint.expires)
@@ -338,10 +325,6 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()
-
-
-def _strings(metadata: dict[str, Any]) -> dict[str, str] | None:
-    return {key: str(value) for key, value in metadata.items()} or None
 
 
 def _status(row: SessionRow) -> dict[str, Any] | None:

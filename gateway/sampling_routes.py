@@ -55,9 +55,7 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
     @router.get("/samplers/{sampler_id}")
     async def get_sampler(request: Request, sampler_id: str) -> dict[str, Any]:
         owner = gateway.access.owner(request)
-        row = await gateway.store.sampler(sampler_id)
-        if row is None or row.owner != owner:
-            raise NotFound(f"no sampling session {sampler_id!r}")
+        row = await gateway.sampler_row(owner, sampler_id)
         found = {"sampler_id": sampler_id, "base_model": row.base_model}
         return found if row.model_path is None else {**found, "model_path": row.model_path}
 

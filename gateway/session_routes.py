@@ -7,8 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ..primitives.errors import InvalidInput
+from .access import is_local
 from .core import Gateway
-from .requests import CreateSession, FinishSession, SessionRef
+from .requests import CreateSession, FinishSession, SessionRef, strings
 
 
 class Gone(InvalidInput):
@@ -25,8 +26,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
 
     @router.post("/client/config")
     async def client_config(request: Request) -> dict[str, Any]:
-        here = request.client is not None and request.client.host in ("127.0.0.1", "::1")
-        compress = settings.compress if settings.compress is not None else not here
+        compress = not is_local(request) if settings.compress is None else settings.compress
         return {
             "proto_compress_fwdbwd": compress,
             "parallel_fwdbwd_chunks": True,
@@ -59,17 +59,16 @@ def session_routes(gateway: Gateway) -> APIRouter:
     @router.post("/create_session")
     async def create_session(request: Request, body: CreateSession) -> dict[str, Any]:
         owner = gateway.access.owner(request)
-        metadata = {k: str(v) for k, v in (body.user_metadata or {}).items()}
+        metadata = strings(body.user_metadata or {})
         session_id = await gateway.create_session(owner, body.display_name, metadata)
         return {"type": "create_session", "session_id": session_id}
 
     @router.post("/session_heartbeat")
     async def heartbeat(request: Request, body: SessionRef) -> dict[str, Any]:
-        owner = gateway.access.owner(request)
-        session = await gateway.session(owner, body.session_id)
+        session = await gateway.session(gateway.access.owner(request), body.session_id)
         if not session.active:
             raise Gone(f"session {body.session_id} is over")
-        await gateway.active_session(owner, body.session_id)
+        session.seen()
         return {"type": "session_heartbeat"}
 
     @router.post("/sessions/{session_id}/finish")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -18,12 +18,13 @@ from ..primitives.types import (
     PublishResponse,
     SaveResponse,
 )
+from .access import is_local
 from .body_limit import TooLarge
 from .core import Gateway, Run
 from .encryption import recipients_metadata
 from .futures import Answer
 from .provenance import with_recorded
-from .requests import CreateModel, LoadWeights, Lora, ModelRef, OptimStep, SaveWeights
+from .requests import CreateModel, LoadWeights, Lora, ModelRef, OptimStep, SaveWeights, strings
 from .wire import (
     HEAD_BYTES,
     TrainingRequest,
@@ -88,7 +89,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
                 {"type": "load_weights", "path": response.path, "model_id": body.model_id}
             )
 
-        return await operate(run, body.seq_id, "load_state", args, answer)
+        return await gateway.operate(run, body.seq_id, "load_state", args, answer)
 
     @router.post("/get_info")
     async def get_info(request: Request, body: ModelRef) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
         def answer(output: ForwardBackwardOutput) -> Answer:
             return Answer.proto(write_training_output(output))
 
-        return await operate(run, message.seq_id, kind, args, answer, len(body))
+        return await gateway.operate(run, message.seq_id, kind, args, answer, len(body))
 
     async def read_body(request: Request, owner: str) -> bytes:
         encoding, body = request.headers.get("content-encoding"), bytearray()
@@ -153,7 +154,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
         def answer(response: OptimStepResponse) -> Answer:
             return Answer.json({"metrics": response.metrics})
 
-        return await operate(run, body.seq_id, "optim_step", args, answer)
+        return await gateway.operate(run, body.seq_id, "optim_step", args, answer)
 
     @router.post("/save_weights")
     async def save_weights(request: Request, body: SaveWeights) -> dict[str, Any]:
@@ -162,10 +163,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
         async def args() -> dict[str, Any]:
             return {**_named(body), "overwrite": body.overwrite}
 
-        def answer(response: SaveResponse) -> Answer:
-            return Answer.json({"type": "save_weights", "path": response.path})
-
-        return await operate(run, body.seq_id, "save_state", args, answer)
+        return await gateway.operate(run, body.seq_id, "save_state", args, _saved("save_weights"))
 
     @router.post("/save_weights_external")
     async def save_weights_external(request: Request, body: SaveWeights) -> dict[str, Any]:
@@ -176,10 +174,9 @@ def training_routes(gateway: Gateway) -> APIRouter:
             named["user_metadata"] |= recipients_metadata(body.age_encryption_recipients or [])
             return named
 
-        def answer(response: SaveResponse) -> Answer:
-            return Answer.json({"type": "save_weights_external", "path": response.path})
-
-        return await operate(run, body.seq_id, "save_weights_external", args, answer)
+        return await gateway.operate(
+            run, body.seq_id, "save_weights_external", args, _saved("save_weights_external")
+        )
 
     @router.post("/save_weights_for_sampler")
     async def save_weights_for_sampler(request: Request, body: SaveWeights) -> dict[str, Any]:
@@ -191,10 +188,13 @@ def training_routes(gateway: Gateway) -> APIRouter:
             async def args() -> dict[str, Any]:
                 return {**_named(body), "overwrite": body.overwrite}
 
-            def answer(response: SaveResponse) -> Answer:
-                return Answer.json({"type": "save_weights_for_sampler", "path": response.path})
-
-            return await operate(run, body.seq_id, "save_weights_for_sampler", args, answer)
+            return await gateway.operate(
+                run,
+                body.seq_id,
+                "save_weights_for_sampler",
+                args,
+                _saved("save_weights_for_sampler"),
+            )
 
         session = await gateway.active_session(owner, run.row.session_id)
         pinned = body.kind == "snapshot"
@@ -211,19 +211,10 @@ def training_routes(gateway: Gateway) -> APIRouter:
                 {"type": "save_weights_for_sampler", "sampling_session_id": sampler_id}
             )
 
-        publish = {"keep": pinned, "every_step": False}
-        return await operate(run, body.seq_id, "publish", publish, sampler)
+        async def publish() -> dict[str, Any]:
+            return {"keep": pinned, "every_step": False}
 
-    async def operate(
-        run: Run,
-        seq_id: int,
-        kind: str,
-        args: dict[str, Any] | Callable[[], Awaitable[dict[str, Any]]],
-        answer: Callable[[Any], Answer | Awaitable[Answer]],
-        size: int = 0,
-    ) -> dict[str, Any]:
-        request_id = await gateway.operate(run, seq_id, kind, args, answer, size)
-        return {"request_id": request_id, "model_id": run.row.run_id}
+        return await gateway.operate(run, body.seq_id, "publish", publish, sampler)
 
     @router.post("/unload_model")
     async def unload_model(request: Request, body: ModelRef) -> dict[str, Any]:
@@ -242,10 +233,6 @@ _PROTO_BODY = {
         "content": {"application/x-protobuf": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
-
-
-def is_local(request: Request) -> bool:
-    return request.client is not None and request.client.host in ("127.0.0.1", "::1")
 
 
 async def aside(body: bytes, function: Callable[..., T], *args: Any) -> T:
@@ -281,5 +268,10 @@ async def training_args(gateway: Gateway, run: Run, message: TrainingRequest) ->
 def _named(body: SaveWeights) -> dict[str, Any]:
     if body.path is None:
         raise InvalidInput("give the checkpoint a name: path")
-    metadata = {k: str(v) for k, v in (body.user_metadata or {}).items()}
+    metadata = strings(body.user_metadata or {})
     return {"name": body.path, "user_metadata": metadata, "ttl_seconds": body.ttl_seconds}
+
+
+def _saved(kind: str) -> Callable[[SaveResponse], Answer]:
+    """How a save of that kind is answered."""
+    return lambda response: Answer.json({"type": kind, "path": response.path})
