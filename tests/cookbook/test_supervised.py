@@ -24,7 +24,7 @@ def test_chat_sl_goes_on_from_its_log(kitchen, taught, tmp_path):
     assert [row["step"] for row in log.metrics] == list(range(32))
     assert log.column("learning_rate") == taught.column("learning_rate")
     # The recipe saves when two more steps are on their way, and takes these again.
-    assert max(log.column("train_mean_nll")[24:]) <= max(taught.column("train_mean_nll")[24:])
+    assert max(log.column("train_mean_nll")[24:]) < 0.2
     kitchen.check(log, 32)
 
 
