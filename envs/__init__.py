@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .isolation import EnvPool
     from .registry import make, names, register
     from .renderer import ChatRenderer, Conversation
+    from .sandbox import PythonSandbox, SandboxLimits
     from .text_stream import TextStream
     from .tools import ToolEnv, ToolSet
 
@@ -25,6 +26,8 @@ _HOME_OF = {
     "EnvPool": "isolation",
     "EpisodeLimits": "episode",
     "EpisodeSpec": "episode",
+    "PythonSandbox": "sandbox",
+    "SandboxLimits": "sandbox",
     "TextStream": "text_stream",
     "ToolEnv": "tools",
     "ToolSet": "tools",
