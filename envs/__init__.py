@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .isolation import EnvPool
     from .registry import make, names, register
     from .renderer import ChatRenderer, Conversation
+    from .retrieval import Corpus, RetrievalQA, load_questions
     from .sandbox import PythonSandbox, SandboxLimits
     from .text_stream import TextStream
     from .tools import ToolEnv, ToolSet
@@ -22,16 +23,19 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "ChatRenderer": "renderer",
     "Conversation": "renderer",
+    "Corpus": "retrieval",
     "Env": "core",
     "EnvPool": "isolation",
     "EpisodeLimits": "episode",
     "EpisodeSpec": "episode",
     "PythonSandbox": "sandbox",
     "SandboxLimits": "sandbox",
+    "RetrievalQA": "retrieval",
     "TextStream": "text_stream",
     "ToolEnv": "tools",
     "ToolSet": "tools",
     "check_env": "check",
+    "load_questions": "retrieval",
     "make": "registry",
     "names": "registry",
     "play_episode": "episode",

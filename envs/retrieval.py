@@ -133,7 +133,8 @@ class Corpus:
         root = Path(path)
         if not root.is_dir():
             raise NotFound(f"there is no folder {root}")
-        passages, skipped = [], []
+        passages: list[Passage] = []
+        skipped: list[Skipped] = []
         for file in sorted(file for file in root.glob(pattern) if file.is_file()):
             name = file.relative_to(root).as_posix()
             try:

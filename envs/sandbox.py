@@ -29,6 +29,7 @@ themselves in machines of their own.
 
 from __future__ import annotations
 
+import contextlib
 import marshal
 import os
 import select
@@ -126,6 +127,9 @@ class PythonSandbox:
         refusals = []
         for kind in kinds:
             self.isolation: Isolation = kind  # type: ignore[assignment]
+            if kind != "none" and sys.platform != "linux":
+                refusals.append(f"{kind}: only Linux has it")
+                continue
             try:
                 return _Session(self)
             except _SetupFailed as failure:
@@ -137,10 +141,20 @@ class PythonSandbox:
             "with limits only"
         )
 
+    def _new_session(self) -> _Session:
+        try:
+            return _Session(self)
+        except _SetupFailed as failure:
+            raise Unavailable(f"the Python sandbox can start no more: {failure}") from None
+
     def run(self, code: str) -> str:
         """What the code wrote to stdout and stderr, and the value of its last line if that is an
-        expression. How it ended, if not by itself, stands in brackets on a last line."""
-        session, self._session = self._session or _Session(self), None
+        expression. How it ended, if not by itself, stands in brackets on a last line.
+
+        Raises:
+            Unavailable: no process can be started any more.
+        """
+        session, self._session = self._session or self._new_session(), None
         try:
             text, alive = session.run(code)
             if alive:
@@ -205,6 +219,7 @@ class _Session:
         self.status, status = socket.socketpair()
         self.output, output = os.pipe()
         os.set_blocking(self.output, False)
+        self._collected = bytearray()
         fds = (status.fileno(), channel.fileno())
         settings = _settings(sandbox, self.folder, *fds)
         command = [sys.executable, "-s", "-S", "-P", "-c", _BOOT, str(Path(__file__).parent)]
@@ -226,13 +241,14 @@ class _Session:
 
     def _await_ready(self) -> None:
         try:
-            ready, _, _ = select.select([self.channel, self.status], [], [], _START_SECONDS)
+            ready = _ready([self.channel, self.status], _START_SECONDS)
             said = [end.recv(1 << 12).decode("utf-8", "replace") for end in ready]
         except OSError as error:
             said = [str(error)]
         if "ready" not in said:
             told = " ".join(text.removeprefix("failed ") for text in said)
-            told = told or self._drained().decode("utf-8", "replace") or "the process did not start"
+            self._drain()
+            told = told or self._collected.decode("utf-8", "replace") or "it did not start"
             self.close()
             raise _SetupFailed(told.strip())
 
@@ -242,10 +258,8 @@ class _Session:
         if len(body) > MAX_CODE_BYTES:
             return f"[not run: the code is longer than {MAX_CODE_BYTES} bytes]", self.persistent
         self._collected = bytearray()
-        try:
+        with contextlib.suppress(OSError):  # its end is told by `status`
             self.channel.sendall(len(body).to_bytes(4, "big") + body)
-        except OSError:
-            pass  # its end is told by `status`
         ended, alive = self._wait()
         limit = self.limits.output_bytes
         text = self._collected[:limit].decode("utf-8", "replace").rstrip("\n")
@@ -259,35 +273,34 @@ class _Session:
             watched.append(self.channel)
         while True:
             left = deadline - time.monotonic()
-            ready, _, _ = select.select(watched, [], [], max(left, 0))
-            if self.output in ready and self._drained() is None:
+            ready = _ready(watched, max(left, 0))
+            if self.output in ready and not self._drain():
                 watched.remove(self.output)
             if len(self._collected) > self.limits.output_bytes:
                 return f"killed: more than {self.limits.output_bytes} bytes of output", False
             if self.status in ready:
                 told = self.status.recv(1 << 12).decode("utf-8", "replace")
-                self._drained()
+                self._drain()
                 return self._described(told), False
             if self.channel in ready:
                 if self.channel.recv(64) == b"done":
-                    self._drained()
+                    self._drain()
                     return "", True
                 watched.remove(self.channel)
             if left <= 0:
                 return f"killed: not done within {self.limits.wall_seconds:g} s", False
 
-    def _drained(self) -> bytearray | None:
-        """Collect what the pipe holds; None at its end."""
-        collected = self.__dict__.setdefault("_collected", bytearray())
+    def _drain(self) -> bool:
+        """Collect what the pipe holds; False at its end."""
         try:
-            while len(collected) <= self.limits.output_bytes:
+            while len(self._collected) <= self.limits.output_bytes:
                 part = os.read(self.output, 1 << 16)
                 if not part:
-                    return None
-                collected += part
+                    return False
+                self._collected += part
         except BlockingIOError:
             pass
-        return collected
+        return True
 
     def _described(self, told: str) -> str:
         if told == "ended 0":
@@ -315,15 +328,25 @@ class _Session:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _ready(ends: Sequence[Any], seconds: float) -> list[Any]:
+    """Those that can be read or were hung up, once there is one."""
+    poll = select.poll()  # takes descriptors of any number, as `select` does not
+    fds = {end if isinstance(end, int) else end.fileno(): end for end in ends}
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fds[fd] for fd, _ in poll.poll(seconds * 1000)]
+
+
 def _settings(sandbox: PythonSandbox, folder: str | None, status: int, channel: int) -> Any:
-    stdlib = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
-    dynload = str(Path(sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix}), "lib-dynload"))
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    stdlib, built = (sysconfig.get_path(name, vars=base) for name in ("stdlib", "platstdlib"))
+    prefixes = (sys.base_prefix, sys.base_exec_prefix)
     return {
         "isolation": sandbox.isolation,
         "persistent": sandbox.persistent,
         "packages": sandbox.packages,
-        "readable": [os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix), *sandbox.packages],
-        "stdlib": [*dict.fromkeys(stdlib), dynload],
+        "readable": [*map(os.path.realpath, prefixes), *sandbox.packages],
+        "stdlib": [os.path.realpath(stdlib), os.path.realpath(f"{built}/lib-dynload")],
         "python": os.path.realpath(sys.executable),
         "folder": folder,
         "status": status,

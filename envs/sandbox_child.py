@@ -8,6 +8,8 @@ keeper, and the code's process cannot make others (with Landlock) or shares a pr
 what it makes (without isolation).
 """
 
+# ruff: noqa: SIM105  contextlib, like what the first import says, costs time at every start
+
 from __future__ import annotations
 
 import _socket  # `socket`, `signal` and `typing` would double the time that starting takes
@@ -98,7 +100,7 @@ def _keep(settings: dict[str, Any], status: _socket.socket, channel: _socket.soc
         os.close(fd)
     asker = select.poll()
     asker.register(status, select.POLLIN)
-    ended = None
+    ended: int | str | None = None
     while ended is None:
         # The wait is short because orphans of the code's process are left to the keeper.
         gone = asker.poll(20)
@@ -233,8 +235,9 @@ def _run(source: str, namespace: dict[str, Any]) -> int | None:
     """Run it as a notebook's cell: the value of a last expression is shown. An exit code if it
     asked to exit."""
     try:
-        tree = compile(source, NAME, "exec", 0x400)  # ast.PyCF_ONLY_AST, without importing ast
-        body = tree.body  # type: ignore[attr-defined]
+        # ast.PyCF_ONLY_AST, without importing ast
+        tree: Any = compile(source, NAME, "exec", 0x400, dont_inherit=True)
+        body = tree.body
         shown = body[-1:] if body and type(body[-1]).__name__ == "Expr" else []
         if shown:
             import _ast

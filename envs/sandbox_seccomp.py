@@ -14,26 +14,117 @@ import sys
 from .sandbox_walls import check, libc
 
 # Ways into the kernel that no ordinary program needs, and `socket`, in every sandbox.
-_DENIED = """
-    ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd unshare setns mount umount2
-    pivot_root chroot move_mount fsopen open_tree fsmount fspick fsconfig mount_setattr bpf
-    perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register keyctl add_key
-    request_key init_module finit_module delete_module kexec_load kexec_file_load reboot swapon
-    swapoff acct quotactl settimeofday clock_settime adjtimex clock_adjtime sethostname
-    setdomainname open_by_handle_at name_to_handle_at memfd_create memfd_secret shmget shmat msgget
-    semget mq_open socket syslog fanotify_init lookup_dcookie vhangup iopl ioperm modify_ldt
-    process_madvise process_mrelease
-""".split()
+_DENIED = [
+    "ptrace",
+    "process_vm_readv",
+    "process_vm_writev",
+    "kcmp",
+    "pidfd_getfd",
+    "unshare",
+    "setns",
+    "mount",
+    "umount2",
+    "pivot_root",
+    "chroot",
+    "move_mount",
+    "fsopen",
+    "open_tree",
+    "fsmount",
+    "fspick",
+    "fsconfig",
+    "mount_setattr",
+    "bpf",
+    "perf_event_open",
+    "userfaultfd",
+    "io_uring_setup",
+    "io_uring_enter",
+    "io_uring_register",
+    "keyctl",
+    "add_key",
+    "request_key",
+    "init_module",
+    "finit_module",
+    "delete_module",
+    "kexec_load",
+    "kexec_file_load",
+    "reboot",
+    "swapon",
+    "swapoff",
+    "acct",
+    "quotactl",
+    "settimeofday",
+    "clock_settime",
+    "adjtimex",
+    "clock_adjtime",
+    "sethostname",
+    "setdomainname",
+    "open_by_handle_at",
+    "name_to_handle_at",
+    "memfd_create",
+    "memfd_secret",
+    "shmget",
+    "shmat",
+    "msgget",
+    "semget",
+    "mq_open",
+    "socket",
+    "syslog",
+    "fanotify_init",
+    "lookup_dcookie",
+    "vhangup",
+    "iopl",
+    "ioperm",
+    "modify_ldt",
+    "process_madvise",
+    "process_mrelease",
+]
 
 # Where no namespaces part it from other processes: no process but itself, nor what Landlock
 # leaves open.
-_DENIED_ALONE = """
-    fork vfork execve execveat setsid setpgid tkill rt_sigqueueinfo rt_tgsigqueueinfo
-    pidfd_send_signal pidfd_open prlimit64 setpriority sched_setaffinity sched_setscheduler
-    ioprio_set migrate_pages move_pages chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat
-    utime utimes futimesat utimensat setxattr lsetxattr fsetxattr removexattr lremovexattr
-    fremovexattr setxattrat removexattrat file_setattr inotify_init inotify_init1 fcntl_lease
-""".split()
+_DENIED_ALONE = [
+    "fork",
+    "vfork",
+    "execve",
+    "execveat",
+    "setsid",
+    "setpgid",
+    "tkill",
+    "rt_sigqueueinfo",
+    "rt_tgsigqueueinfo",
+    "pidfd_send_signal",
+    "pidfd_open",
+    "prlimit64",
+    "setpriority",
+    "sched_setaffinity",
+    "sched_setscheduler",
+    "ioprio_set",
+    "migrate_pages",
+    "move_pages",
+    "chmod",
+    "fchmod",
+    "fchmodat",
+    "fchmodat2",
+    "chown",
+    "fchown",
+    "lchown",
+    "fchownat",
+    "utime",
+    "utimes",
+    "futimesat",
+    "utimensat",
+    "setxattr",
+    "lsetxattr",
+    "fsetxattr",
+    "removexattr",
+    "lremovexattr",
+    "fremovexattr",
+    "setxattrat",
+    "removexattrat",
+    "file_setattr",
+    "inotify_init",
+    "inotify_init1",
+    "fcntl_lease",
+]
 
 _X86_64 = """
     ptrace 101 process_vm_readv 310 process_vm_writev 311 kcmp 312 pidfd_getfd 438 unshare 272

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -18,8 +19,7 @@ from tinsmith.envs.fork_server import EnvSource
 from tinsmith.envs.isolation import EnvPool
 from tinsmith.primitives.errors import InvalidInput, Unavailable
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="isolation is Linux's")
-pytestmark = linux
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is Linux's")
 LIMITS = SandboxLimits(
     wall_seconds=20,
     cpu_seconds=10,
@@ -123,20 +123,28 @@ def test_deep_recursion_costs_only_its_own_run(sandbox):
     assert sandbox.run("1") == "1"
 
 
-@pytest.mark.parametrize(
-    "ignoring", ["", "import signal\nfor s in range(1, 32):\n  if s not in (9, 19):", "try:"]
-)
+LOOPS = {
+    "plain": "while True: pass",
+    "catching": "while True:\n  try:\n    while True: pass\n  except BaseException: pass",
+    "deaf": "import signal\nfor s in range(1, 32):\n  if s not in (9, 19): "
+    "signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("isolation", ["namespaces", "landlock"])
-def test_endless_loops_end(isolation, ignoring):
-    code = {
-        "": "while True: pass",
-        "try:": "while True:\n  try:\n    while True: pass\n  except BaseException: pass",
-    }.get(ignoring, f"{ignoring} signal.signal(s, signal.SIG_IGN)\nwhile True: pass")
+def test_endless_loops_end(isolation, loop):
     with made(isolation, SandboxLimits(wall_seconds=0.3)) as sandbox:
-        assert sandbox.run(f"print(1, flush=True)\n{code}") == "1\n[killed: not done within 0.3 s]"
-    with made(isolation, SandboxLimits(wall_seconds=30, cpu_seconds=1)) as sandbox:
-        how = "by SIGKILL" if "signal" in code else ": more than 1 s of CPU time"
-        assert sandbox.run(code) == f"[killed{how}]"
+        text = sandbox.run(f"print(1, flush=True)\n{LOOPS[loop]}")
+        assert text == "1\n[killed: not done within 0.3 s]"
+
+
+@pytest.mark.parametrize(
+    ("loop", "how"), [("plain", ": more than 1 s of CPU time"), ("deaf", " by SIGKILL")]
+)
+def test_cpu_time_is_limited(loop, how):
+    with PythonSandbox(SandboxLimits(wall_seconds=60, cpu_seconds=1)) as sandbox:
+        assert sandbox.run(LOOPS[loop]) == f"[killed{how}]"
 
 
 def test_output_is_limited(sandbox):
@@ -209,7 +217,7 @@ attempt(lambda: open('/proc/{pid}/environ').read())
 attempt(lambda: open('/proc/{pid}/mem').read(1))
 attempt(lambda: open('/proc/self/environ').read())
 attempt(lambda: os.listdir('/proc/{pid}/fd'))
-attempt(lambda: os.listdir('/root') + os.listdir('/home'))
+attempt(lambda: os.listdir('/home'))
 attempt(lambda: open('/etc/shadow').read())
 libc = ctypes.CDLL(None, use_errno=True)
 buffer = ctypes.create_string_buffer(64)
@@ -227,14 +235,11 @@ for fd in range(3, 300):
 """
     text = sandbox.run(code)
     assert "swordfish" not in text
-    # All were refused but the first, which shows a clean environment.
+    # All are refused but the first, which shows a clean environment.
     shown, *attempts, memory_read, others = text.splitlines()
     assert "PATH" in shown
-    if len(attempts) == 9:
-        refused = ("FileNotFoundError", "PermissionError")
-        allowed_empty = attempts[7].startswith("['.pyenv") or attempts[7] in refused
-        assert allowed_empty
-        assert all(a in refused for i, a in enumerate(attempts) if i != 7)
+    assert len(attempts) == 9
+    assert set(attempts) <= {"FileNotFoundError", "PermissionError"}
     assert (memory_read, others) == ("-1", "-1 -1 -1")
 
 
@@ -266,11 +271,11 @@ def test_nothing_that_it_started_is_left():
     code = f"import subprocess\nsubprocess.Popen(['sleep', '{seconds}'], start_new_session=True)\n"
     with made("namespaces") as sandbox:
         assert "Popen" in sandbox.run(code)
-        assert sandbox.run(f"{code}while True: pass" if False else f"{code}1 / 0")
+        assert "ZeroDivisionError" in sandbox.run(f"{code}1 / 0")
     assert not running(seconds)
     with PythonSandbox(isolation="none", allow_unisolated=True) as open_sandbox:
         open_sandbox.run(code.replace(", start_new_session=True", ""))
-    assert not running(seconds)
+    wait_until_gone(seconds)
 
 
 def running(word: str) -> bool:
@@ -281,6 +286,13 @@ def running(word: str) -> bool:
         except OSError:
             continue
     return False
+
+
+def wait_until_gone(word: str) -> None:
+    deadline = time.monotonic() + 20
+    while running(word):
+        assert time.monotonic() < deadline, "what the code started still runs"
+        time.sleep(0.02)
 
 
 def test_tinsmith_is_out_of_reach_and_pickles_are_only_the_sandboxs_own(sandbox):
@@ -377,7 +389,9 @@ def test_an_ordinary_user_has_the_same_walls():
     if os.geteuid() != 0 or setpriv is None or not Path(python).exists():
         pytest.skip("needs root, setpriv and a Python that every user can run")
     user = [setpriv, "--reuid=65533", "--regid=65533", "--clear-groups"]
-    if subprocess.run([*user, python, "-c", AS_ANOTHER_USER.splitlines()[1]], check=False).returncode:
+    if subprocess.run(
+        [*user, python, "-c", AS_ANOTHER_USER.splitlines()[1]], check=False
+    ).returncode:
         pytest.skip("setpriv cannot become another user here")
     if subprocess.run([*user, "test", "-r", f"{root}/envs/sandbox.py"], check=False).returncode:
         pytest.skip("the checkout cannot be read by other users")
@@ -402,7 +416,7 @@ def test_the_bundled_environment_keeps_to_the_interface():
 async def test_the_bundled_environment_plays_in_its_own_process_and_leaves_nothing_behind():
     seconds = f"3600.{uuid.uuid4().int % 10**9}"
     run = '<tool_call>{"name": "python", "arguments": {"code": "%s"}}</tool_call>'
-    hang = "import subprocess; subprocess.run(['sleep', '%s'])" % seconds
+    hang = f"import subprocess; subprocess.run(['sleep', '{seconds}'])"
     async with EnvPool() as pool:
         async with pool.open(EnvSource("python"), {"split": "eval"}) as env:
             messages, _ = await env.reset(5, None)
@@ -415,8 +429,4 @@ async def test_the_bundled_environment_plays_in_its_own_process_and_leaves_nothi
             with pytest.raises(tinsmith.EnvironmentFailure, match="hung in step 1"):
                 await env.step(run % hang)
     assert again != messages  # of another split
-    for _ in range(100):
-        if not running(seconds):
-            return
-        await __import__("asyncio").sleep(0.05)
-    raise AssertionError("what the code started still runs")
+    wait_until_gone(seconds)
