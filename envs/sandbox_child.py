@@ -98,18 +98,22 @@ def _keep(settings: dict[str, Any], status: _socket.socket, channel: _socket.soc
     channel.close()
     for fd in (0, 1, 2):
         os.close(fd)
-    asker = select.poll()
-    asker.register(status, select.POLLIN)
+    watched = select.poll()
+    watched.register(status, select.POLLIN)
+    sees_its_end = hasattr(os, "pidfd_open")
+    if sees_its_end:
+        watched.register(os.pidfd_open(pid), select.POLLIN)
+    # Now and then also for the folder on the disk, and for orphans, which are left to the keeper.
+    pause = 200 if sees_its_end and settings["folder"] is None else 30
     ended: int | str | None = None
     while ended is None:
-        # The wait is short because orphans of the code's process are left to the keeper.
-        gone = asker.poll(20)
+        ready = [fd for fd, _ in watched.poll(pause)]
         ended = _reaped(pid)
-        if gone or (ended is None and _overfull(settings)):
+        if status.fileno() in ready:
             _kill_group(pid)
-            if gone:
-                os._exit(0)
-            ended = ended if ended is not None else "full"
+            os._exit(0)
+        if ended is None and _overfull(settings):
+            ended = "full"
     _kill_group(pid)
     _tell(status, f"ended {ended}")
     os._exit(0)

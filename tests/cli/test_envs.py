@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -86,8 +90,6 @@ def test_check_says_whether_an_environment_keeps_to_the_interface():
 
 
 async def test_a_model_plays_an_episode_through_the_service(service, command):
-    import asyncio
-
     # The command joins the tests' cluster.
     words = ("envs", "try", "calculator", "--model", "tiny-llama", "--max-tokens", 8, "--json")
     result = await asyncio.to_thread(command, *words)
@@ -168,8 +170,6 @@ def test_the_wheel_carries_the_template(tmp_path):
     )
     assert done.returncode == 0
     (wheel,) = tmp_path.glob("*.whl")
-    import zipfile
-
     names = zipfile.ZipFile(wheel).namelist()
     assert {n for n in names if "env_template" in n} == {
         f"tinsmith/cli/env_template/{file.name}" for file in (root / "cli/env_template").iterdir()
@@ -178,9 +178,6 @@ def test_the_wheel_carries_the_template(tmp_path):
 
 def copied(root: Path, target: Path) -> Path:
     """What a wheel is built from, without touching the checkout."""
-    import shutil
-    import tomllib
-
     project = tomllib.loads((root / "pyproject.toml").read_text())
     target.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py"):
