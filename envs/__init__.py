@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .isolation import EnvPool
     from .registry import make, names, register
     from .renderer import ChatRenderer, Conversation
-    from .retrieval import Corpus, RetrievalQA, load_questions
+    from .retrieval import Corpus
+    from .retrieval_qa import RetrievalQA, load_questions
     from .sandbox import PythonSandbox, SandboxLimits
     from .text_stream import TextStream
     from .tools import ToolEnv, ToolSet
@@ -29,13 +30,13 @@ _HOME_OF = {
     "EpisodeLimits": "episode",
     "EpisodeSpec": "episode",
     "PythonSandbox": "sandbox",
+    "RetrievalQA": "retrieval_qa",
     "SandboxLimits": "sandbox",
-    "RetrievalQA": "retrieval",
     "TextStream": "text_stream",
     "ToolEnv": "tools",
     "ToolSet": "tools",
     "check_env": "check",
-    "load_questions": "retrieval",
+    "load_questions": "retrieval_qa",
     "make": "registry",
     "names": "registry",
     "play_episode": "episode",

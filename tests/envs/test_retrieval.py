@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import re
+import sys
 
 import pytest
 
@@ -12,8 +13,9 @@ from tinsmith.envs import Corpus, RetrievalQA, check_env, load_questions, regist
 from tinsmith.envs.fork_server import EnvSource
 from tinsmith.envs.isolation import EnvPool
 from tinsmith.envs.registry import pickled_factory
-from tinsmith.envs.retrieval import Question, exact_match, f1
-from tinsmith.primitives.errors import InvalidInput, NotFound
+from tinsmith.envs.retrieval import Passage
+from tinsmith.envs.retrieval_qa import Question, exact_match, f1
+from tinsmith.primitives.errors import InvalidInput, NotFound, Unavailable
 
 TEXTS = {
     "otter": "Sea otters hold hands while they sleep, so as not to drift apart.",
@@ -130,9 +132,13 @@ def test_a_slow_index_is_kept_and_read_back_and_a_broken_one_is_built_anew(tmp_p
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_passages_need_ids_of_their_own(tmp_path):
-    from tinsmith.envs.retrieval import Passage
+def test_without_its_library_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(Unavailable, match=r'pip install "tinsmith\[envs\]"'):
+        Corpus.from_texts(["one"])
 
+
+def test_passages_need_ids_of_their_own():
     with pytest.raises(InvalidInput, match="two passages of the corpus have the id 'a'"):
         Corpus([Passage("a", "x"), Passage("a", "y")])
 
