@@ -39,15 +39,15 @@ def envs(context: typer.Context, imports: Imports = None, as_json: AsJson = Fals
     import_environments(imports)
     if context.invoked_subcommand is not None:
         return
-    listed = {"environments": _environments(), "libraries": _libraries()}
+    environments, libraries = _environments(), _libraries()
     if as_json:
-        print_json(listed)
+        print_json({"environments": environments, "libraries": libraries})
         return
-    rows = [[e["name"], e["from"]] for e in listed["environments"]]
+    rows = [[e["name"], e["from"]] for e in environments]
     print_table("environments", ["name", "from"], rows)
     rows = [
         [f"{library['prefix']}:ID", library["version"] or f"missing; {library['install']}"]
-        for library in listed["libraries"]
+        for library in libraries
     ]
     print_table("libraries of environments", ["name", "version"], rows)
     typer.echo("also package.module:Class; `tinsmith envs try NAME` plays one")

@@ -158,7 +158,7 @@ class ByHand:
         screen.console.print(HELP, style="dim")
 
     async def turn(self, new: Sequence[Message], tools: Any) -> str | None:
-        lines = []
+        lines: list[str] = []
         while True:
             self.screen.piece(self.prompt)
             line = await _typed()
