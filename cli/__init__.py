@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..primitives.errors import TinsmithError
-from . import chat, doctor, export, keys, plot, runs, serve, train
+from . import chat, doctor, envs, export, keys, plot, runs, serve, train
 
 
 class _Commands(TyperGroup):
@@ -36,6 +36,7 @@ app.command()(plot.plot)
 app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(export.export)
+app.add_typer(envs.app, name="envs")
 app.add_typer(keys.app, name="keys")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +14,9 @@ from rich.console import Console
 from ..algorithms.config import TrainConfig
 from ..algorithms.run_folder import load_run
 from ..envs.registry import find
-from ..primitives.errors import InvalidInput, NotFound
+from ..primitives.errors import InvalidInput
 from .config import load_config, with_config_flags
-from .options import Address, AsJson, Home, print_json
+from .options import Address, AsJson, Home, Imports, import_environments, print_json
 
 
 @with_config_flags
@@ -34,10 +32,7 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="A run folder to go on with; --steps sets another end.")
     ] = None,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="A module that registers environments."),
-    ] = None,
+    imports: Imports = None,
     address: Address = None,
     as_json: AsJson = False,
     **flags: Any,
@@ -50,9 +45,7 @@ def train(
     An environment is a bundled one, one that --import registers, gymnasium:ID or
     package.module:Class; modules in the current folder are found.
     """
-    sys.path.insert(0, str(Path.cwd()))
-    for module in imports or []:
-        _import(module)
+    import_environments(imports)
     given = {name: value for name, value in flags.items() if value is not None}
     if resume is None:
         config = load_config(file, given)
@@ -94,13 +87,3 @@ async def _run(
             else:
                 result = await loop.train(service, config, run_dir=run_dir, watch=watch)
     return report(console, config, result, time.monotonic() - started)
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # A module missing inside the user's own module is that module's failure.
-        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
-            raise NotFound(f"--import {module}: there is no module {error.name!r}") from None
-        raise

@@ -23,7 +23,7 @@ EnvFactory = Callable[..., Env]
 F = TypeVar("F", bound=EnvFactory)
 
 ENTRY_POINT_GROUP = "tinsmith.envs"
-BUNDLED = {"calculator": ".calculator:Calculator"}
+BUNDLED = {"calculator": ".calculator:Calculator", "python": ".python_math:PythonMath"}
 
 _registered: dict[str, EnvFactory] = {}
 _pickled: dict[str, bytes] = {}
