@@ -21,7 +21,7 @@ from .config import load_config, with_config_flags
 from .options import Address, AsJson, Home, print_json
 
 
-@with_config_flags
+@with_config_flags(TrainConfig)
 def train(
     home: Home,
     file: Annotated[
@@ -55,7 +55,7 @@ def train(
         _import(module)
     given = {name: value for name, value in flags.items() if value is not None}
     if resume is None:
-        config = load_config(file, given)
+        config = load_config(file, given, TrainConfig)
     else:
         if file is not None or run_dir is not None or given.keys() - {"steps"}:
             raise InvalidInput(
