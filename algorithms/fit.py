@@ -11,10 +11,11 @@ import asyncio
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -28,24 +29,30 @@ from .run_folder import load_run_of, new_run_folder
 from .train import _appending, _name, _stop_on_signals, _truncate_metrics, _unless, _write_json
 
 E = TypeVar("E")
-E_contra = TypeVar("E_contra", contravariant=True)
 T = TypeVar("T")
 
 
-class Objective(Protocol[E_contra]):
-    """What is learnt from examples of a kind."""
+class Objective(ABC, Generic[E]):
+    """What is learnt from examples of the kind `E`.
 
+    Batches are submitted while the step before is under way, unless one `waits` for the weights
+    that it leaves.
+    """
+
+    waits = False
+
+    @abstractmethod
     async def submit(
-        self, training: TrainingClient, batch: Sequence[E_contra], step: int
+        self, training: TrainingClient, batch: Sequence[E], step: int
     ) -> Op[ForwardBackwardOutput]:
         """Submit the forward and backward pass of a batch; the optimizer's step follows."""
 
-    def metrics(self, batch: Sequence[E_contra], output: ForwardBackwardOutput) -> dict[str, float]:
+    @abstractmethod
+    def metrics(self, batch: Sequence[E], output: ForwardBackwardOutput) -> dict[str, float]:
         """What the pass tells of the batch; `loss` among it."""
 
-    async def evaluate(
-        self, training: TrainingClient, held_out: Sequence[E_contra]
-    ) -> dict[str, Any]:
+    @abstractmethod
+    async def evaluate(self, training: TrainingClient, held_out: Sequence[E]) -> dict[str, Any]:
         """How well the weights as they are do on held-out examples: JSON values."""
 
 
@@ -295,6 +302,8 @@ class _Loop(Generic[E]):
         """Whether something else has its turn after the step under way."""
         if under_way is None:
             return False
+        if self.objective.waits:
+            return True
         done = under_way.step + 1
         every = (self.config.eval_every, self.config.checkpoint_every)
         return any(number and done % number == 0 for number in every)

@@ -184,3 +184,58 @@ class PreferenceConfig(FitConfig):
             raise InvalidInput("PreferenceConfig.beta must be positive")
         if not 0 <= self.label_smoothing < 0.5:
             raise InvalidInput("PreferenceConfig.label_smoothing must be at least 0 and below 0.5")
+
+
+@dataclass(frozen=True)
+class RewardConfig(FitConfig):
+    """A reward model, learnt from preferences.
+
+    Attributes:
+        data: a JSONL file, `hf:NAME[:SPLIT]`; empty where rows are given in code.
+        good: the text whose first token speaks for an answer.
+        bad: that whose first token speaks against it.
+        question: what a user asks after the answer, to be answered by `good` or `bad`; empty: the
+            two tokens are compared right after the answer's end.
+        max_length: most tokens of a prompt with its answer (0: the model's context); rows with
+            more are left out.
+    """
+
+    data: str = ""
+    learning_rate: float = 1e-4
+    good: str = "Yes"
+    bad: str = "No"
+    question: str = ""
+    max_length: int = 0
+
+
+@dataclass(frozen=True)
+class DistillConfig(FitConfig):
+    """Distillation: a student learns from a teacher, any policy that can be sampled from.
+
+    Attributes:
+        method: `on_policy`, the reverse KL on the student's own samples; `samples`, cross-entropy
+            on the teacher's; `top_k`, cross-entropy with the teacher's likeliest tokens at every
+            position of its samples.
+        samples_per_prompt: samples of one prompt, per step (`on_policy`) or in all.
+        max_tokens: of a sample.
+        temperature: at which the teacher samples (the student does at 1).
+        top_k: how many likeliest tokens are learnt from (`top_k`).
+        teacher_system: a system prompt that the teacher sees and the student does not.
+        loss_fn: of `on_policy`.
+    """
+
+    method: str = "on_policy"
+    samples_per_prompt: int = 1
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 16
+    teacher_system: str = ""
+    loss_fn: str = "importance_sampling"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "method", ("on_policy", "samples", "top_k"))
+        check_choice(self, "loss_fn", ("importance_sampling", "ppo", "cispo"))
+        for attribute in ("samples_per_prompt", "max_tokens", "top_k"):
+            if getattr(self, attribute) < 1:
+                raise InvalidInput(f"DistillConfig.{attribute} must be at least 1")

@@ -19,8 +19,15 @@ from ..primitives.client import ServiceClient, TrainingClient, load_tokenizer
 from ..primitives.errors import InvalidInput
 from ..primitives.op import Op
 from ..primitives.types import Datum, ForwardBackwardOutput, TrainingInfo
-from .chat_data import Example, ExampleMaker, count_examples, end_tokens, fingerprint
-from .fit import FitResult, FitWatcher, Prepare, Prepared, resume_fit, split, start_fit
+from .chat_data import (
+    Example,
+    ExampleMaker,
+    count_examples,
+    end_tokens,
+    fingerprint,
+    trained_tokens,
+)
+from .fit import FitResult, FitWatcher, Objective, Prepare, Prepared, resume_fit, split, start_fit
 from .fit_config import SupervisedConfig
 from .rows import DataReport, Source, collect
 
@@ -125,7 +132,7 @@ def _prepare(
 
 
 @dataclass(frozen=True)
-class Supervised:
+class Supervised(Objective[Example]):
     """Negative log-likelihood of the trained tokens, averaged over a batch."""
 
     weighting: str = "token"
@@ -167,15 +174,17 @@ def weighted(batch: Sequence[Example], weighting: str = "token") -> list[Datum]:
 def example_nll(
     examples: Sequence[Example], output: ForwardBackwardOutput
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per example, the negative log-likelihood of its trained tokens in nats, and their number:
+    """Per example, the negative log-likelihood of its trained tokens in nats (the cross-entropy of
+    soft targets), and their number:
     float64 `[examples]` each. `output` is of the examples' datums, in order."""
     outputs = iter(output.loss_fn_outputs)
     sums, counts = np.zeros(len(examples)), np.zeros(len(examples))
     for i, example in enumerate(examples):
         for datum in example.datums:
-            used = datum.loss_fn_inputs["weights"] != 0
-            sums[i] -= next(outputs)["logprobs"][used].sum(dtype=np.float64)
-            counts[i] += used.sum()
+            weights = datum.loss_fn_inputs["weights"]
+            used = weights != 0
+            sums[i] -= (weights * next(outputs)["logprobs"])[used].sum(dtype=np.float64)
+            counts[i] += trained_tokens(datum)
     return sums, counts
 
 
