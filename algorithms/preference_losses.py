@@ -62,9 +62,12 @@ def kto(
     prompts (`mismatched` `[M]`), at least 0, without gradient.
     """
     z = (mismatched - ref_mismatched).mean().clamp(min=0).detach()
-    sign = torch.where(desirable, 1.0, -1.0)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight)
-    return weight * (1 - torch.sigmoid(sign * beta * ((answer - ref_answer) - z)))
+    h = beta * ((answer - ref_answer) - z)
+    return torch.where(
+        desirable,
+        desirable_weight * (1 - torch.sigmoid(h)),
+        undesirable_weight * (1 - torch.sigmoid(-h)),
+    )
 
 
 def bradley_terry(better: Tensor, worse: Tensor) -> Tensor:

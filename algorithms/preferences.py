@@ -340,7 +340,7 @@ class Preferences(Objective[Comparison]):
         (Wilson's)."""
         datums = [d for c in held_out for d in c.datums]
         output = await training.forward(datums, "cross_entropy", logprobs="loss")
-        logprobs = [torch.from_numpy(out["logprobs"]) for out in output.loss_fn_outputs]
+        logprobs = [torch.tensor(out["logprobs"]) for out in output.loss_fn_outputs]
         loss, metrics = self.loss(held_out, summed(datums, logprobs))
         result: dict[str, Any] = {**metrics, "loss": float(loss), "examples": len(held_out)}
         if self.config.loss != "kto":

@@ -247,7 +247,7 @@ class BradleyTerry(Objective[Pair]):
         """Loss, margin, and the accuracy with its 95% interval (Wilson's)."""
         datums = [datum for pair in held_out for datum in pair.datums]
         output = await training.forward(datums, "cross_entropy", logprobs="loss")
-        loss, metrics = self.loss([torch.from_numpy(o["logprobs"]) for o in output.loss_fn_outputs])
+        loss, metrics = self.loss([torch.tensor(o["logprobs"]) for o in output.loss_fn_outputs])
         right, n = round(metrics["accuracy"] * len(held_out)), len(held_out)
         interval = binomtest(right, n).proportion_ci(method="wilson")
         bounds = {"low": float(interval.low), "high": float(interval.high)}
