@@ -36,7 +36,17 @@ from ..primitives.types import (
     TrainingInfo,
 )
 from .chat_data import AnswerRenderer, Example, completion_datum, fingerprint
-from .fit import FitResult, FitWatcher, Objective, Prepare, Prepared, resume_fit, split, start_fit
+from .fit import (
+    FitResult,
+    FitWatcher,
+    Objective,
+    Prepare,
+    Prepared,
+    gather_bounded,
+    resume_fit,
+    split,
+    start_fit,
+)
 from .fit_config import DistillConfig
 from .preferences import prompt_of
 from .rows import Source, TooLong, collect
@@ -203,7 +213,7 @@ class PromptMaker:
         if self.config.teacher_system:
             rest = seen[1:] if seen[0]["role"] == "system" else seen
             seen = [{"role": "system", "content": self.config.teacher_system}, *rest]
-        name = row.get("teacher") or ("" if "" in self.teachers else None)
+        name = "" if tuple(self.teachers) == ("",) else str(row.get("teacher"))
         if name not in self.teachers:
             raise InvalidInput(f"no teacher {name!r}; there are {', '.join(self.teachers)}")
         student, teacher = self.renderer.prompt(messages), self.renderer.prompt(seen)
@@ -231,7 +241,7 @@ async def teacher_examples(
         )
         return [_example(prompt, sample) for sample in response.sequences]
 
-    return [e for made in await asyncio.gather(*map(one, prompts)) for e in made]
+    return [e for made in await gather_bounded(one, prompts) for e in made]
 
 
 def _example(prompt: Prompt, sample: SampledSequence) -> Example:

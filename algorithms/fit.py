@@ -138,6 +138,19 @@ def batch_indices(examples: int, batch_size: int, seed: int, step: int) -> np.nd
     return order[batch * batch_size : (batch + 1) * batch_size]
 
 
+async def gather_bounded(
+    function: Callable[[E], Awaitable[T]], items: Sequence[E], at_once: int = 256
+) -> list[T]:
+    """`function` of every item, in order, a bounded number of them at a time."""
+    free = asyncio.Semaphore(at_once)
+
+    async def one(item: E) -> T:
+        async with free:
+            return await function(item)
+
+    return await asyncio.gather(*map(one, items))
+
+
 async def start_fit(
     service: ServiceClient,
     config: FitConfig,

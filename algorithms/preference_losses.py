@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-LOSS_NAMES = ("dpo", "ipo", "kto")
-
 
 def dpo(
     chosen: Tensor,

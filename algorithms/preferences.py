@@ -31,7 +31,17 @@ from .chat_data import (
     prompt_messages,
     trained_tokens,
 )
-from .fit import FitResult, FitWatcher, Objective, Prepare, Prepared, resume_fit, split, start_fit
+from .fit import (
+    FitResult,
+    FitWatcher,
+    Objective,
+    Prepare,
+    Prepared,
+    gather_bounded,
+    resume_fit,
+    split,
+    start_fit,
+)
 from .fit_config import PreferenceConfig
 from .rows import DataReport, Source, TooLong, collect
 
@@ -148,7 +158,7 @@ def answer_of(row: Any, name: str) -> Message:
 
 @dataclass(frozen=True)
 class Judged:
-    """A row as messages: an answer `wanted` and, of a pair, the other one."""
+    """A row as messages: an answer (of a pair, the chosen one) and the other one."""
 
     row: int
     prompt: list[Message]
@@ -247,7 +257,7 @@ async def answer_logprobs(policy: SamplingClient, datums: Sequence[Datum]) -> np
         logprobs = await policy.compute_logprobs(tokens, prompt_logprobs_last_n=last_n)
         return float(logprobs[1:][used].sum(dtype=np.float64))
 
-    return np.array(await asyncio.gather(*(one(datum) for datum in datums)))
+    return np.array(await gather_bounded(one, datums))
 
 
 async def with_reference(
@@ -346,5 +356,6 @@ class Preferences(Objective[Comparison]):
         if self.config.loss != "kto":
             right = round(metrics["accuracy"] * len(held_out))
             interval = binomtest(right, len(held_out)).proportion_ci(method="wilson")
-            result |= {"low": float(interval.low), "high": float(interval.high)}
+            result["accuracy_low"] = float(interval.low)
+            result["accuracy_high"] = float(interval.high)
         return result

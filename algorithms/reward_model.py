@@ -59,12 +59,12 @@ class Verdict:
         Raises:
             InvalidInput: they are no two different tokens.
         """
-        first = [(renderer.tokens(text) or [None])[0] for text in (good, bad)]
-        if None in first or first[0] == first[1]:
+        first, second = renderer.tokens(good)[:1], renderer.tokens(bad)[:1]
+        if not first or not second or first == second:
             raise InvalidInput(
-                f"{good!r} and {bad!r} must begin with different tokens, got {first[0]} and {first[1]}"
+                f"{good!r} and {bad!r} must begin with different tokens, got {first} and {second}"
             )
-        return cls(renderer, first[0], first[1], question)
+        return cls(renderer, first[0], second[0], question)
 
     def tokens(self, messages: Sequence[Message], answer: Message) -> np.ndarray:
         """The tokens up to where the reward is read off, int64 `[T]`."""
@@ -250,7 +250,7 @@ class BradleyTerry(Objective[Pair]):
         loss, metrics = self.loss([torch.tensor(o["logprobs"]) for o in output.loss_fn_outputs])
         right, n = round(metrics["accuracy"] * len(held_out)), len(held_out)
         interval = binomtest(right, n).proportion_ci(method="wilson")
-        bounds = {"low": float(interval.low), "high": float(interval.high)}
+        bounds = {"accuracy_low": float(interval.low), "accuracy_high": float(interval.high)}
         return {**metrics, **bounds, "loss": float(loss), "examples": n}
 
 

@@ -80,7 +80,9 @@ class RichFitWatcher(FitWatcher):
 
     def evaluated(self, step: int, result: dict[str, Any]) -> None:
         shown = next(name for name in ("nll", "accuracy", "loss") if name in result)
-        interval = ""
-        if result.get("low") is not None:
-            interval = f" (95% interval {result['low']:.4f} to {result['high']:.4f})"
+        low, high = (
+            result.get(f"{shown}_{end}", None if shown == "accuracy" else result.get(end))
+            for end in ("low", "high")
+        )
+        interval = "" if low is None else f" (95% interval {low:.4f} to {high:.4f})"
         self.say(f"held-out {shown} after {step} steps: {result[shown]:.4f}{interval}")
