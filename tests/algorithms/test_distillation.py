@@ -116,7 +116,8 @@ async def test_a_student_comes_to_answer_as_its_teacher(service, teacher, method
     result = await distill(service, config, teacher, PROMPTS)
     name = "loss" if method == "on_policy" else "nll"
     assert result.after["high"] < result.before["low"]
-    assert result.after[name] < 0.5 * result.before[name]
+    # On-policy it must first find what the teacher says.
+    assert result.after[name] < (0.8 if method == "on_policy" else 0.5) * result.before[name]
 
 
 async def test_each_prompt_has_its_own_teacher_and_a_prompt_can_be_distilled(service, teacher):

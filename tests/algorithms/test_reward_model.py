@@ -50,7 +50,7 @@ async def test_a_reward_model_ranks_and_its_sampler_gives_the_learners_number(se
     prompt = [{"role": "user", "content": "What is 25?"}]
     datum = model.verdict.datum(prompt, {"role": "assistant", "content": "25!"})
     output = await training.forward([datum], logprobs="loss")
-    learners = datum_reward(torch.from_numpy(output.loss_fn_outputs[0]["logprobs"]))
+    learners = datum_reward(torch.tensor(output.loss_fn_outputs[0]["logprobs"]))
     assert better == pytest.approx(float(learners), abs=1e-4)
 
 
