@@ -98,7 +98,9 @@ async def improve(
                 data.append(datum(segment, (advantage - args.kl * gap) / len(prompts)))
             seen += rewards.tolist()
         training.forward_backward(data, "importance_sampling")  # queued, not awaited
-        await training.optim_step(tinsmith.AdamParams(args.learning_rate, grad_clip_norm=1.0))
+        await training.optim_step(
+            tinsmith.AdamParams(args.policy_learning_rate, grad_clip_norm=1.0)
+        )
         told.append((float(np.mean(seen)), float(np.concatenate(gaps).mean())))
         print(f"step {step}  reward {told[-1][0]:+.2f}  kl {told[-1][1]:.3f}  {answers[0]!r}")
     print((await training.save_state("rlhf")).path)
@@ -130,7 +132,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="of the policy gradient")
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=24)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the same")
+    parser.add_argument("--policy-learning-rate", type=float, default=2e-4)
     parser.add_argument("--kl", type=float, default=0.05, help="weight of the KL per token")
     return parser
 
