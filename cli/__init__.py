@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..primitives.errors import TinsmithError
-from . import chat, doctor, envs, export, keys, plot, runs, serve, train
+from . import chat, doctor, envs, export, keys, plot, runs, serve, sft, train
 
 
 class _Commands(TyperGroup):
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(doctor.doctor)
 app.command()(train.train)
+app.command()(sft.sft)
 app.command()(runs.runs)
 app.command()(plot.plot)
 app.command()(chat.chat)

@@ -19,7 +19,7 @@ from .config import load_config, with_config_flags
 from .options import Address, AsJson, Home, Imports, import_environments, print_json
 
 
-@with_config_flags
+@with_config_flags(TrainConfig)
 def train(
     home: Home,
     file: Annotated[
@@ -48,7 +48,7 @@ def train(
     import_environments(imports)
     given = {name: value for name, value in flags.items() if value is not None}
     if resume is None:
-        config = load_config(file, given)
+        config = load_config(file, given, TrainConfig)
     else:
         if file is not None or run_dir is not None or given.keys() - {"steps"}:
             raise InvalidInput(
