@@ -43,7 +43,7 @@ def penalise_kl(
     datums: Sequence[Datum],
     reference: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
-    coeff: float,
+    coeff: float | Sequence[float],
     *,
     discount: float = 0.0,
 ) -> list[Datum]:
@@ -54,7 +54,8 @@ def penalise_kl(
     A baseline, the mean of k1 over the batch's sampled tokens, is taken off, which changes no
     expectation. With `discount` above 0 a token also answers for the penalties that follow it in
     its datum, the n-th one times `discount ** n` (1: the whole gradient of the sequence's KL).
-    The coefficient counts per token as advantages do: weigh both alike (`episode_weights`).
+    The coefficient, one for all datums or one for each, counts per token as advantages do: weigh
+    both alike (`episode_weights`).
     """
     k1s = [
         np.where(mask, datum.loss_fn_inputs["logprobs"].astype(np.float64) - q_ref, 0.0)
@@ -62,10 +63,11 @@ def penalise_kl(
     ]
     baseline = sum(k1.sum() for k1 in k1s) / max(sum(int(mask.sum()) for mask in masks), 1)
     penalised = []
-    for datum, k1, mask in zip(datums, k1s, masks, strict=True):
+    coeffs = np.broadcast_to(np.asarray(coeff, np.float64), len(datums))
+    for datum, k1, mask, own in zip(datums, k1s, masks, coeffs, strict=True):
         costs = np.where(mask, k1 - baseline, 0.0)
         costs[mask] = discounted_sums(costs[mask], discount)
-        advantages = datum.loss_fn_inputs["advantages"] - coeff * costs
+        advantages = datum.loss_fn_inputs["advantages"] - own * costs
         penalised.append(with_inputs(datum, advantages=advantages))
     return penalised
 
