@@ -2,8 +2,8 @@
 
 Rollouts go on while the learner works; every `optim_step` publishes its version to the live
 sampler, and trajectories under way continue under it. All of the loop's state is in its
-checkpoints, so a loop that was stopped in whatever way goes on from the last one as if it had
-not been.
+checkpoints (the replay buffer's groups in the run's folder, beside the metrics), so a loop that was
+stopped in whatever way goes on from the last one as if it had not been.
 """
 
 from __future__ import annotations
