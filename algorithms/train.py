@@ -164,7 +164,8 @@ async def _train(
                     if loop.step % config.checkpoint_every == 0:
                         await runner.checkpoint(rollouts)
                         saved = loop.step
-                    due = config.eval_every and loop.step % config.eval_every == 0
+                    evaluating = config.eval_every and config.eval_episodes
+                    due = evaluating and loop.step % config.eval_every == 0
                     if due and loop.step < config.steps and not stop.is_set():
                         if config.deterministic:
                             await unless(stop, runner.evaluate())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import numpy as np
 import pytest
+import torch
 
 import tinsmith
 from tests.data import changed, policy_datum
@@ -15,6 +14,8 @@ from tinsmith.algorithms.reference import (
     reference_metrics,
     with_reference,
 )
+from tinsmith.engines.backbone import Backbone
+from tinsmith.engines.learner import LearnerEngine
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.9, 1.0])
@@ -59,9 +60,14 @@ async def test_a_reference_scores_the_sampled_tokens_as_the_learner_does(service
         assert not logprobs[~mask].any()
 
 
+@pytest.fixture(scope="module")
+def engine(tiny_llama):
+    return LearnerEngine(Backbone(tiny_llama))
+
+
 @pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo", "gspo"])
-async def test_the_penalty_in_the_loss_is_computed_by_the_learner(service, loss_fn):
-    """The same loss and gradient (the adapter after one step) as with autograd, by a custom loss."""
+def test_the_penalty_in_the_loss_is_computed_by_the_learner(engine, loss_fn):
+    """The same value and gradient as by autograd over the learner's logprobs."""
     rng = np.random.default_rng(2)
     datums = [
         changed(datum, advantages=np.zeros(12))  # the penalty alone
@@ -69,36 +75,41 @@ async def test_the_penalty_in_the_loss_is_computed_by_the_learner(service, loss_
     ]
     weights = [np.where(np.arange(12) < 4, 0, rng.random(12)).astype(np.float32) for _ in datums]
     reference = [rng.uniform(-7, -5, 12).astype(np.float32) for _ in datums]
+    engine.create_run(loss_fn, tinsmith.LoraConfig(rank=2, seed=3))
+    run = engine.runs[loss_fn]
 
-    def by_autograd(data, logprobs):
-        total = 0.0
-        for p, q, w in zip(logprobs, reference, weights, strict=True):
-            d = p.new_tensor(q) - p
-            total = total + (p.new_tensor(w) * (0.2 * (d.exp() - 1 - d) + 0.3 * d**2 / 2)).sum()
-        return total, {}
-
-    runs = [
-        await service.create_lora_training_client("tiny-llama", rank=2, seed=3) for _ in range(2)
-    ]
-    output = await runs[0].forward_backward(
+    output = engine.forward_backward(
+        loss_fn,
         with_reference(datums, reference, weights),
         loss_fn,
         {"kl_k3_coeff": 0.2, "kl_k2_coeff": 0.3},
+        logprobs="loss",
     )
-    expected = await runs[1].forward_backward_custom(datums, by_autograd)
-    assert output.metrics["loss:sum"] == pytest.approx(
-        expected.metrics["custom_loss:sum"], rel=1e-5
-    )
-    step = tinsmith.AdamParams(learning_rate=1e-2)
-    norms = [(await run.optim_step(step)).metrics["grad_norm"] for run in runs]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-    after = await asyncio.gather(*(run.forward(datums, "importance_sampling") for run in runs))
-    for one, other in zip(after[0].loss_fn_outputs, after[1].loss_fn_outputs, strict=True):
-        np.testing.assert_allclose(one["logprobs"], other["logprobs"], atol=1e-4)
+    gradient = run.grad.clone()
+    run.grad.zero_()
+
+    total, pulled = 0.0, []
+    plain = engine.forward(loss_fn, datums, "importance_sampling").loss_fn_outputs
+    for datum, out, seen, q, w in zip(
+        datums, plain, output.loss_fn_outputs, reference, weights, strict=True
+    ):
+        p = torch.tensor(out["logprobs"], dtype=torch.float64, requires_grad=True)
+        d = torch.tensor(q) - p
+        loss = (torch.tensor(w) * (0.2 * (d.exp() - 1 - d) + 0.3 * d**2 / 2)).sum()
+        loss.backward()
+        total += float(loss.detach())
+        targets = datum.loss_fn_inputs["target_tokens"]
+        inputs = {"target_tokens": targets, "weights": -p.grad.numpy()}
+        pulled.append(tinsmith.Datum(datum.model_input, inputs))
+        assert np.isnan(seen["logprobs"][w == 0]).all()  # no logits that the loss does not need
+    engine.forward_backward(loss_fn, pulled, "cross_entropy")
+    assert output.metrics["loss:sum"] == pytest.approx(total, rel=1e-5)
+    torch.testing.assert_close(gradient, run.grad, rtol=1e-4, atol=1e-5)
+    assert gradient.abs().max() > 1e-2
 
 
-async def test_a_penalty_without_a_reference_is_refused_by_the_learner(service):
-    training = await service.create_lora_training_client("tiny-llama", rank=2, seed=0)
+def test_a_penalty_without_a_reference_is_refused_by_the_learner(engine):
+    engine.create_run("other", tinsmith.LoraConfig(rank=2, seed=0))
     datum = policy_datum(np.random.default_rng(0))
     with pytest.raises(tinsmith.InvalidInput, match="need loss_fn_inputs"):
-        await training.forward_backward([datum], "ppo", {"kl_k3_coeff": 0.1})
+        engine.forward_backward("other", [datum], "ppo", {"kl_k3_coeff": 0.1})
