@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import tinsmith
+from tests.algorithms.test_rollout import Player
 from tinsmith.algorithms.replay import Replay, ReplayState
-from tinsmith.algorithms.rollout import Group
+from tinsmith.algorithms.rollout import Group, Rollouts
 from tinsmith.primitives.codec import decode, encode
 from tinsmith.primitives.types import Segment, Trajectory
 
@@ -42,6 +43,23 @@ def test_what_is_drawn_is_fresh_enough_and_different_and_not_used_too_often():
     assert counts.used_up == (uses == 2).sum()
     # Every group is accounted for.
     assert counts.expired + counts.used_up + counts.evicted + len(replay) == 40
+
+
+async def test_a_users_own_loop_mixes_fresh_groups_and_replayed_ones():
+    player, replay = Player(), Replay(3, seed=0)
+    async with Rollouts(player, groups_per_step=3, group_size=4, max_staleness=1) as rollouts:
+        for version in range(8):
+            fresh = await rollouts.next_batch()
+            drawn = replay.draw(2, version)
+            replay.add(fresh)
+            assert max(version - g.oldest_version for g in fresh) <= 1  # paced as without replay
+            assert all(version - g.oldest_version <= 3 for g in drawn)
+            assert not {g.index for g in fresh} & {g.index for g in drawn}
+            player.version = version + 1
+            rollouts.advance(version + 1)
+    assert rollouts.counts.trained == 24
+    assert rollouts.counts.dropped_stale == 0
+    assert replay.counts.replayed == 14
 
 
 def test_the_oldest_leave_a_full_buffer():
