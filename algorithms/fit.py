@@ -26,7 +26,8 @@ from ..primitives.types import ForwardBackwardOutput, OptimStepResponse, Trainin
 from .fit_config import FitConfig
 from .rows import DataReport
 from .run_folder import load_run_of, new_run_folder
-from .train import _appending, _name, _stop_on_signals, _truncate_metrics, _unless, _write_json
+from .stopping import stop_on_signals, unless
+from .train import _appending, _name, _truncate_metrics, _write_json
 
 E = TypeVar("E")
 T = TypeVar("T")
@@ -270,22 +271,22 @@ class _Loop(Generic[E]):
         state, config = self.state, self.config
         self.watch.started(self.training.run_id, self.folder, state.step, self.total)
         before = after = None
-        with _stop_on_signals() as stop, _appending(self.folder / "metrics.jsonl") as self.log:
+        with stop_on_signals() as stop, _appending(self.folder / "metrics.jsonl") as self.log:
             if first:
-                before = await _unless(stop, self.evaluate())
+                before = await unless(stop, self.evaluate())
             saved = state.step
             self.step_started = time.monotonic()
             under_way: _Submitted[E] | None = None
             while not stop.is_set() and (under_way or state.step < self.total):
                 ahead = None
                 if self._next_step(under_way) < self.total and not self._pause_after(under_way):
-                    ahead = await _unless(stop, self._submit(self._next_step(under_way)))
+                    ahead = await unless(stop, self._submit(self._next_step(under_way)))
                 if under_way is not None:
                     await self._finish(under_way)
                 under_way = ahead
                 if under_way is None and state.step > 0:
                     if self._due(config.eval_every) and state.step < self.total:
-                        await _unless(stop, self.evaluate())
+                        await unless(stop, self.evaluate())
                     if self._due(config.checkpoint_every) and state.step > saved:
                         await self.checkpoint()
                         saved = state.step
@@ -294,7 +295,7 @@ class _Loop(Generic[E]):
             if state.step > saved:
                 await self.checkpoint()
             if state.step >= self.total and not stop.is_set():
-                after = await _unless(stop, self.evaluate())
+                after = await unless(stop, self.evaluate())
         return FitResult(
             self.training.run_id,
             self.folder,
