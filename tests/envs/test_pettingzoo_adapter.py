@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-import re
-
 import numpy as np
 import pytest
 
+from tests.envs.games import any_legal
 from tests.envs.scripted import Scripted as Policy
 from tests.tiny import tiny_tokenizer
 from tinsmith.envs import (
@@ -32,10 +30,6 @@ PLAYERS = ("player_1", "player_2")
 async def pool():
     async with EnvPool() as pool:
         yield pool
-
-
-def any_legal(messages, rng: random.Random) -> str:
-    return rng.choice(re.findall(r"\d+", messages[-1]["content"].rpartition("one of")[2]))
 
 
 def says(*texts: str):
@@ -132,8 +126,8 @@ def test_games_keep_to_the_interface():
 
 
 def test_what_cannot_be_made_says_why():
-    with pytest.raises(NotFound, match="PettingZoo has no module 'classic.tictactoe_v99'"):
+    with pytest.raises(NotFound, match=r"PettingZoo has no module 'classic\.tictactoe_v99'"):
         make("pettingzoo:classic.tictactoe_v99")
-    with pytest.raises(InvalidInput, match="cannot be made with {'size': 3}"):
+    with pytest.raises(InvalidInput, match=r"cannot be made with \{'size': 3\}"):
         make(TICTACTOE, size=3)
     assert np.ndim(make(RPS).possible_agents) == 1

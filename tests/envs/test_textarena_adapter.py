@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import re
 
 import pytest
 
+from tests.envs.games import any_legal
 from tests.envs.scripted import Scripted as Policy
 from tests.tiny import tiny_tokenizer
 from tinsmith.envs import (
@@ -38,10 +38,6 @@ def renderer() -> ChatRenderer:
     return ChatRenderer(tiny_tokenizer(), max_context=4096)
 
 
-def any_legal(messages, rng: random.Random) -> str:
-    return rng.choice(re.findall(r"'(\[\d\])'", messages[-1]["content"].rpartition("Available")[2]))
-
-
 def move(number: int):
     return lambda messages, rng: f"[{number}]"
 
@@ -69,9 +65,9 @@ async def test_an_agent_is_told_what_happened_since_it_last_acted_and_not_what_i
     first = played.trajectories["player_0"].messages
     assert first[0]["content"].startswith("[GAME] You are Player 0 in Tic Tac Toe.")
     assert "You are Player 0" not in first[2]["content"]
-    assert f"[Player 0] {first[1]['content']}" not in first[2]["content"]
+    assert f"[Player 0] [{first[1]['content']}]" not in first[2]["content"]
     answer = played.trajectories["player_1"].messages[1]["content"]
-    assert f"[Player 1] {answer}" in first[2]["content"]
+    assert f"[Player 1] [{answer}]" in first[2]["content"]
 
 
 async def test_invalid_moves_are_judged_by_the_game(pool):
@@ -138,5 +134,5 @@ def test_games_keep_to_the_interface():
 def test_what_cannot_be_made_says_why():
     with pytest.raises(NotFound, match="TextArena has no such game"):
         make("textarena:Chess3D-v0")
-    with pytest.raises(InvalidInput, match="cannot be made with {'size': 3}"):
+    with pytest.raises(InvalidInput, match=r"cannot be made with \{'size': 3\}"):
         make(TICTACTOE, size=3)
