@@ -38,10 +38,6 @@ def renderer() -> ChatRenderer:
     return ChatRenderer(tiny_tokenizer(), max_context=4096)
 
 
-def move(number: int):
-    return lambda messages, rng: f"[{number}]"
-
-
 async def match(pool, env, policies, **spec) -> Match:
     return await play_match(pool, lambda agent: None, MatchSpec(env, policies, **spec))
 
@@ -70,14 +66,25 @@ async def test_an_agent_is_told_what_happened_since_it_last_acted_and_not_what_i
     assert f"[Player 1] [{answer}]" in first[2]["content"]
 
 
-async def test_invalid_moves_are_judged_by_the_game(pool):
-    scripts = {"player_0": Scripted(move(4)), "player_1": Scripted(any_legal)}
-    played = await match(pool, TICTACTOE, scripts)
-    loser, winner = (played.trajectories[agent] for agent in PLAYERS)
-    assert played.rewards == {"player_0": -1.0, "player_1": 1.0}
-    assert loser.info["invalid_move"]
-    assert "attempted an invalid move" in loser.messages[-2 if winner.messages else -1]["content"]
-    assert loser.info["turns"] == 3
+def test_invalid_moves_are_judged_by_the_game():
+    game = make(TICTACTOE)
+    game.reset(seed=0)
+    game.step({"player_0": "[4]"})
+    observations, rewards, *_ = game.step({"player_1": "[4]"})
+    assert "attempted an invalid move" in observations["player_1"][0]["content"]
+    assert rewards == {}
+    _, rewards, terminations, _, infos = game.step({"player_1": "my move is [4]"})
+    assert rewards == {"player_0": 1.0, "player_1": -1.0}
+    assert all(terminations.values())
+    assert infos["player_1"]["invalid_move"]
+
+
+def test_an_agent_that_cannot_act_loses_to_its_one_opponent():
+    game = make(TICTACTOE)
+    game.reset(seed=0)
+    _, rewards, terminations, *_ = game.forfeit({"player_0": "its context is full"})
+    assert rewards == {"player_0": -1.0, "player_1": 1.0}
+    assert all(terminations.values())
 
 
 async def test_policies_play_with_their_own_tokens(pool, renderer):
@@ -110,14 +117,14 @@ async def test_other_games_are_played_too(pool):
 
     played = await match(pool, "textarena:KuhnPoker-v0", dict.fromkeys(PLAYERS, Scripted(bets)))
     assert sorted(played.rewards.values()) in ([-1.0, 1.0], [0.0, 0.0])
-    trained = await match(
-        pool, "textarena:TicTacToe-v0-train", dict.fromkeys(PLAYERS, Scripted(any_legal))
-    )
-    assert all(
-        "You are Player" in m["content"]
-        for m in trained.trajectories["player_0"].messages[:-1]
-        if m["role"] == "user"
-    )
+
+
+def test_a_game_whose_wrappers_show_it_in_another_way_is_shown_that_way():
+    game = make("textarena:TicTacToe-v0-train")
+    observations, _ = game.reset(seed=0)
+    for agent, action in (("player_0", "[0]"), ("player_1", "[1]"), ("player_0", "[2]")):
+        assert "in Tic Tac Toe" in observations[agent][0]["content"]
+        observations, *_ = game.step({agent: action})
 
 
 def test_the_fewest_players_are_found_and_others_may_be_asked_for():
