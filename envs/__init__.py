@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from .core import Env
     from .episode import EpisodeLimits, EpisodeSpec, play_episode
     from .isolation import EnvPool
+    from .match import MatchSpec, play_match
+    from .multi_agent import MultiAgentEnv
     from .registry import make, names, register
     from .renderer import ChatRenderer, Conversation
     from .retrieval import Corpus
     from .retrieval_qa import RetrievalQA, load_questions
     from .sandbox import PythonSandbox, SandboxLimits
+    from .scripted import Scripted
     from .text_stream import TextStream
     from .tools import ToolEnv, ToolSet
 
@@ -32,6 +35,9 @@ _HOME_OF = {
     "PythonSandbox": "sandbox",
     "RetrievalQA": "retrieval_qa",
     "SandboxLimits": "sandbox",
+    "MatchSpec": "match",
+    "MultiAgentEnv": "multi_agent",
+    "Scripted": "scripted",
     "TextStream": "text_stream",
     "ToolEnv": "tools",
     "ToolSet": "tools",
@@ -40,6 +46,7 @@ _HOME_OF = {
     "make": "registry",
     "names": "registry",
     "play_episode": "episode",
+    "play_match": "match",
     "register": "registry",
 }
 

@@ -4,7 +4,8 @@
     class Guess(tinsmith.envs.Env): ...
 
 `make("guess")` finds, in this order: names registered in this process; bundled ones; entry points
-of the group `tinsmith.envs`; `gymnasium:<id>`; `package.module:Class`.
+of the group `tinsmith.envs`; `gymnasium:<id>`, `pettingzoo:<module>`, `textarena:<id>`;
+`package.module:Class`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any, TypeVar, overload
 
 from ..primitives.errors import InvalidInput, NotFound
 from .core import Env
+from .multi_agent import MultiAgentEnv
 
-EnvFactory = Callable[..., Env]
+EnvFactory = Callable[..., Env | MultiAgentEnv]
 F = TypeVar("F", bound=EnvFactory)
 
 ENTRY_POINT_GROUP = "tinsmith.envs"
@@ -74,6 +76,14 @@ def find(name: str) -> EnvFactory:
         from .gymnasium_adapter import find_gymnasium
 
         return find_gymnasium(name.removeprefix("gymnasium:"))
+    if name.startswith("pettingzoo:"):
+        from .pettingzoo_adapter import find_pettingzoo
+
+        return find_pettingzoo(name.removeprefix("pettingzoo:"))
+    if name.startswith("textarena:"):
+        from .textarena_adapter import find_textarena
+
+        return find_textarena(name.removeprefix("textarena:"))
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return point.load()
     if ":" in name:
@@ -101,7 +111,7 @@ def _imported(path: str) -> EnvFactory:
     return factory
 
 
-def make(name: str, **kwargs: Any) -> Env:
+def make(name: str, **kwargs: Any) -> Env | MultiAgentEnv:
     """A new environment, in this process.
 
     Raises:
@@ -111,7 +121,7 @@ def make(name: str, **kwargs: Any) -> Env:
     return construct(name, find(name), kwargs)
 
 
-def construct(name: str, factory: EnvFactory, kwargs: dict[str, Any]) -> Env:
+def construct(name: str, factory: EnvFactory, kwargs: dict[str, Any]) -> Env | MultiAgentEnv:
     """Call the factory, refusing arguments that its signature does not have."""
     try:
         inspect.signature(factory).bind(**kwargs)
