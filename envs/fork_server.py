@@ -242,7 +242,8 @@ class _Episode:
     def _reset(self, seed: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
         result = self._settle(self.env.reset(seed=seed, options=options))
         messages, info = checked_reset(result)
-        return {"messages": messages, "info": info}
+        # Again, because tools of a server are known only once it runs.
+        return {"messages": messages, "info": info, "tools": getattr(self.env, "tool_schemas", None)}
 
     def _step(self, action: str) -> dict[str, Any]:
         result = self._settle(self.env.step(action))

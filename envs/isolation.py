@@ -227,6 +227,7 @@ class EnvProcess:
         """
         request = {"seed": seed, "options": options}
         reply = await self._call("reset", request, self.step_seconds)
+        self.tool_schemas = reply["tools"]
         return reply["messages"], reply["info"]
 
     async def step(self, action: str) -> Step:

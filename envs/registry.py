@@ -4,7 +4,8 @@
     class Guess(tinsmith.envs.Env): ...
 
 `make("guess")` finds, in this order: names registered in this process; bundled ones; entry points
-of the group `tinsmith.envs`; `gymnasium:<id>`; `package.module:Class`.
+of the group `tinsmith.envs`; a library's, behind its prefix (`gymnasium:<id>`,
+`reasoning_gym:<dataset>`, `verifiers:<taskset>`); `package.module:Class`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ F = TypeVar("F", bound=EnvFactory)
 
 ENTRY_POINT_GROUP = "tinsmith.envs"
 BUNDLED = {"calculator": ".calculator:Calculator"}
+ADAPTERS = {
+    "gymnasium": ".gymnasium_adapter:find_gymnasium",
+    "reasoning_gym": ".reasoning_gym_adapter:find_reasoning_gym",
+    "verifiers": ".verifiers_adapter:find_verifiers",
+}
+"""Prefix of a library's environments -> what finds one by the rest of its name."""
 
 _registered: dict[str, EnvFactory] = {}
 _pickled: dict[str, bytes] = {}
@@ -70,10 +77,10 @@ def find(name: str) -> EnvFactory:
     if name in BUNDLED:
         module, attribute = BUNDLED[name].split(":")
         return getattr(importlib.import_module(module, __package__), attribute)
-    if name.startswith("gymnasium:"):
-        from .gymnasium_adapter import find_gymnasium
-
-        return find_gymnasium(name.removeprefix("gymnasium:"))
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in ADAPTERS:
+        module, attribute = ADAPTERS[prefix].split(":")
+        return getattr(importlib.import_module(module, __package__), attribute)(rest)
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return point.load()
     if ":" in name:
