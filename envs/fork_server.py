@@ -243,7 +243,11 @@ class _Episode:
         result = self._settle(self.env.reset(seed=seed, options=options))
         messages, info = checked_reset(result)
         # Again, because tools of a server are known only once it runs.
-        return {"messages": messages, "info": info, "tools": getattr(self.env, "tool_schemas", None)}
+        return {
+            "messages": messages,
+            "info": info,
+            "tools": getattr(self.env, "tool_schemas", None),
+        }
 
     def _step(self, action: str) -> dict[str, Any]:
         result = self._settle(self.env.step(action))

@@ -115,7 +115,10 @@ def find_reasoning_gym(dataset: str) -> Callable[..., ReasoningGymEnv]:
         )
 
     def factory(
-        *, split: Literal["train", "eval"] | None = "train", system_prompt: str = "default", **config: Any
+        *,
+        split: Literal["train", "eval"] | None = "train",
+        system_prompt: str = "default",
+        **config: Any,
     ) -> ReasoningGymEnv:
         return ReasoningGymEnv(dataset, split=split, system_prompt=system_prompt, **config)
 

@@ -122,7 +122,9 @@ class VerifiersEnv(Env):
         episode = self.episode.result()
         errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
         if errors or not episode.traces:
-            told = "\n".join(error.traceback or f"{error.type}: {error.message}" for error in errors)
+            told = "\n".join(
+                error.traceback or f"{error.type}: {error.message}" for error in errors
+            )
             raise EnvironmentFailure(f"{self.name} failed:\n{told}")
         return None
 

@@ -79,9 +79,7 @@ def test_other_spaces_ids_and_arguments_are_refused():
 async def test_frozen_lake_is_played_by_name_from_its_rendering():
     def lake():
         names = ["left", "down", "right", "up"]
-        return make(
-            "gymnasium:FrozenLake-v1", render_mode="ansi", is_slippery=False, actions=names
-        )
+        return make("gymnasium:FrozenLake-v1", render_mode="ansi", is_slippery=False, actions=names)
 
     env = lake()
     messages, _ = env.reset(seed=0)
