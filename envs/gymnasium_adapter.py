@@ -161,7 +161,7 @@ _COLOURS = ("gray", "red", "green", "yellow", "blue", "magenta", "cyan", "white"
 def _without_colours(rendered: str) -> str:
     """In toy-text environments a background colour alone says where the agent stands, and a letter's
     colour what it is: brackets and a line below the picture say it here."""
-    coloured = []
+    coloured: list[str] = []
 
     def plain(match: re.Match[str]) -> str:
         codes = [int(code) for code in match[1].split(";") if code]

@@ -24,7 +24,16 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NotRequired, Protocol, Required, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Protocol,
+    Required,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import docstring_parser
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
@@ -53,6 +62,7 @@ class ToolResult:
     ok: bool = True
 
 
+@runtime_checkable
 class AnyTool(Protocol):
     """What a `ToolSet` holds."""
 
@@ -62,6 +72,7 @@ class AnyTool(Protocol):
     async def call(self, positional: Sequence[Any], keywords: dict[str, Any]) -> ToolResult: ...
 
 
+@runtime_checkable
 class ToolProvider(Protocol):
     """Tools that exist while an episode lasts."""
 
@@ -206,7 +217,7 @@ class ToolSet:
         if syntax not in ("json", "plain"):
             raise InvalidInput(f'syntax must be "json" or "plain", got {syntax!r}')
         self.syntax = syntax
-        made = [tool if hasattr(tool, "schema") else Tool(tool) for tool in tools]
+        made = [tool if isinstance(tool, AnyTool) else Tool(tool) for tool in tools]
         self.tools: dict[str, AnyTool] = {tool.name: tool for tool in made}
         if len(self.tools) != len(tools):
             raise InvalidInput("two tools have the same name")
@@ -320,8 +331,8 @@ class ToolEnv(Env):
         result_role: Literal["tool", "user"] = "tool",
         max_turns: int = 8,
     ) -> None:
-        self.providers: list[Any] = [tool for tool in tools if hasattr(tool, "open")]
-        self.own_tools: list[Any] = [tool for tool in tools if not hasattr(tool, "open")]
+        self.providers = [tool for tool in tools if isinstance(tool, ToolProvider)]
+        self.own_tools = [tool for tool in tools if not isinstance(tool, ToolProvider)]
         self.tool_set = ToolSet(self.own_tools, syntax)
         self.tool_schemas = self.tool_set.schemas
         self.result_role = result_role
