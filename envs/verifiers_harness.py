@@ -81,6 +81,7 @@ async def _chat(
         if not reply.tool_calls:
             return
         for call in reply.tool_calls:
+            assert call.type == "function"
             result = await _answer(call.function, tools)
             messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
 
