@@ -243,7 +243,9 @@ class _Episode:
         return {"agents": self.game.agents, "tools": self.game.tools}
 
     def _reset(self, seed: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
-        return _told(self.game.reset(seed, options))
+        told = _told(self.game.reset(seed, options))
+        # Again, because the tools of a server are known only once it runs.
+        return {**told, "tools": self.game.tools}
 
     def _step(self, actions: dict[str, str]) -> dict[str, Any]:
         return _told(self.game.step(actions))

@@ -31,8 +31,11 @@ class _One:
     def __init__(self, env: Env, settle: Settle) -> None:
         self.env, self.settle = env, settle
         self.agents = [AGENT]
-        self.tools = {AGENT: getattr(env, "tool_schemas", None)}
         self.acting: list[str] = []
+
+    @property
+    def tools(self) -> dict[str, Sequence[dict[str, Any]] | None]:
+        return {AGENT: getattr(self.env, "tool_schemas", None)}
 
     def reset(self, seed: int | None, options: dict[str, Any] | None) -> Transition:
         messages, info = checked_reset(self.settle(self.env.reset(seed=seed, options=options)))
@@ -63,8 +66,11 @@ class _Many:
         self.env, self.settle = env, settle
         self.referee = Referee(env.possible_agents)
         self.agents = self.referee.agents
-        tools = env.tool_schemas or {}
-        self.tools = {agent: tools.get(agent) for agent in self.agents}
+
+    @property
+    def tools(self) -> dict[str, Sequence[dict[str, Any]] | None]:
+        tools = self.env.tool_schemas or {}
+        return {agent: tools.get(agent) for agent in self.agents}
 
     @property
     def acting(self) -> list[str]:

@@ -248,6 +248,7 @@ class EnvProcess:
 
     async def _play(self, method: str, request: dict[str, Any]) -> list[Transition]:
         reply = await self._call(method, request, self.step_seconds)
+        self.tools = reply.get("tools", self.tools)
         return [Transition(**transition) for transition in reply["transitions"]]
 
     async def reset(

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from pettingzoo.utils import AECEnv, ParallelEnv
 
 from ..primitives.errors import InvalidInput, NotFound
+from .extras import extra
 from .multi_agent import MultiAgentEnv, MultiResetResult, MultiStepResult
 
 MAX_NUMBERS = 256
@@ -252,6 +253,7 @@ def _shown(observation: Any, agent: str) -> str:
 def find_pettingzoo(name: str) -> Callable[..., PettingZooEnv]:
     """A factory of `pettingzoo.<name>`, or else of the module `name`: of its `parallel_env` if it
     has one, else of its `env`."""
+    extra("pettingzoo", f"environment 'pettingzoo:{name}'")
     module: Any = None
     for path in (f"pettingzoo.{name}", name):
         try:

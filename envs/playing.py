@@ -98,16 +98,20 @@ class _Table:
         self, process: EnvProcess, seats: Mapping[str, Seat], spec: Spec, progress: _Progress
     ) -> None:
         self.process, self.spec, self.progress = process, spec, progress
-        self.players = {
-            agent: _Player(agent, seats.get(agent), process.tools[agent], spec.limits)
-            for agent in process.agents
-        }
+        self.seats = seats
+        self.players: dict[str, _Player] = {}
         self.acting: list[_Player] = []
 
     async def play(self) -> Match:
         started, spec = time.monotonic(), self.spec
         options = None if spec.options is None else dict(spec.options)
-        self._take(await self.process.begin(spec.seed, options))
+        opening = await self.process.begin(spec.seed, options)
+        # Not before, for the tools of a server are known only once it runs.
+        self.players = {
+            agent: _Player(agent, self.seats.get(agent), self.process.tools[agent], spec.limits)
+            for agent in self.process.agents
+        }
+        self._take(opening)
         forfeits: dict[str, str] = {}
         turn = 0
         while self.acting:

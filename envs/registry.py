@@ -4,7 +4,8 @@
     class Guess(tinsmith.envs.Env): ...
 
 `make("guess")` finds, in this order: names registered in this process; bundled ones; entry points
-of the group `tinsmith.envs`; `gymnasium:<id>`, `pettingzoo:<module>`, `textarena:<id>`;
+of the group `tinsmith.envs`; a library's, behind its prefix (`gymnasium:<id>`,
+`pettingzoo:<module>`, `reasoning_gym:<dataset>`, `textarena:<id>`, `verifiers:<taskset>`);
 `package.module:Class`.
 """
 
@@ -26,6 +27,14 @@ F = TypeVar("F", bound=EnvFactory)
 
 ENTRY_POINT_GROUP = "tinsmith.envs"
 BUNDLED = {"calculator": ".calculator:Calculator", "python": ".python_math:PythonMath"}
+ADAPTERS = {
+    "gymnasium": ".gymnasium_adapter:find_gymnasium",
+    "pettingzoo": ".pettingzoo_adapter:find_pettingzoo",
+    "reasoning_gym": ".reasoning_gym_adapter:find_reasoning_gym",
+    "textarena": ".textarena_adapter:find_textarena",
+    "verifiers": ".verifiers_adapter:find_verifiers",
+}
+"""Prefix of a library's environments -> what finds one by the rest of its name."""
 
 _registered: dict[str, EnvFactory] = {}
 _pickled: dict[str, bytes] = {}
@@ -72,18 +81,10 @@ def find(name: str) -> EnvFactory:
     if name in BUNDLED:
         module, attribute = BUNDLED[name].split(":")
         return getattr(importlib.import_module(module, __package__), attribute)
-    if name.startswith("gymnasium:"):
-        from .gymnasium_adapter import find_gymnasium
-
-        return find_gymnasium(name.removeprefix("gymnasium:"))
-    if name.startswith("pettingzoo:"):
-        from .pettingzoo_adapter import find_pettingzoo
-
-        return find_pettingzoo(name.removeprefix("pettingzoo:"))
-    if name.startswith("textarena:"):
-        from .textarena_adapter import find_textarena
-
-        return find_textarena(name.removeprefix("textarena:"))
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in ADAPTERS:
+        module, attribute = ADAPTERS[prefix].split(":")
+        return getattr(importlib.import_module(module, __package__), attribute)(rest)
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return point.load()
     if ":" in name:

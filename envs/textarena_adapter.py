@@ -6,13 +6,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import textarena
-from textarena.wrappers import LLMObservationWrapper
-
 from ..primitives.errors import InvalidInput, NotFound
 from .core import message
+from .extras import extra
 from .multi_agent import MultiAgentEnv, MultiResetResult, MultiStepResult
 
+textarena = extra("textarena", "an environment 'textarena:<id>'")
 MAX_PLAYERS = 15
 
 
@@ -47,7 +46,9 @@ class TextArenaEnv(MultiAgentEnv):
         self.possible_agents = [f"player_{number}" for number in range(self.num_players)]
         views = [wrapper for wrapper in _wrappers(self.env) if _shows(wrapper)]
         # The default view repeats the whole history, which the conversation holds already.
-        self.told_anew = all(type(view) is LLMObservationWrapper for view in views)
+        self.told_anew = all(
+            type(view) is textarena.wrappers.LLMObservationWrapper for view in views
+        )
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
