@@ -121,7 +121,7 @@ async def test_stale_trajectories_stay_within_the_bound(service):
         dict(proximal_cap=2.0, loss_fn="ppo", max_staleness=1),
         dict(oversubscription=0.7, max_staleness=1, num_env_workers=2),
         dict(env_kwargs={"fail_every": 3}, loss_fn="dro", loss_fn_config={"beta": 0.1}),
-        dict(overlong_filter=True, normalize="token_mean", kl_coeff=0.1, reference="a checkpoint"),
+        dict(overlong_buffer=4, normalize="token_mean", kl_coeff=0.1, reference="a checkpoint"),
     ],
     ids=["proximal", "oversubscription", "failures", "reference"],
 )
