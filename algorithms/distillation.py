@@ -50,8 +50,9 @@ from .fit import (
 from .fit_config import DistillConfig
 from .preferences import prompt_of
 from .rows import Source, TooLong, collect
+from .run_files import write_file
+from .seeds import derived_seed
 from .supervised import Supervised, ratio_interval
-from .train import _seed, _write
 
 Teachers = SamplingClient | Mapping[str, SamplingClient]
 SAMPLES = "teacher_samples.msgpack"
@@ -185,7 +186,7 @@ def _prepare(config: DistillConfig, teachers: Teachers, rows: Source) -> Prepare
         kept = folder / SAMPLES
         if not kept.exists():
             examples = [await teacher_examples(config, named, part) for part in (train, held_out)]
-            _write(kept, encode(examples))
+            write_file(kept, encode(examples))
         train_examples, held_examples = decode(kept.read_bytes(), list[list[Example]])
         return Prepared(Supervised(), train_examples, held_examples, digest, reports)
 
@@ -234,7 +235,7 @@ async def teacher_examples(
             config.samples_per_prompt,
             SamplingParams(
                 config.max_tokens,
-                seed=_seed(config.seed, 5, prompt.row),
+                seed=derived_seed(config.seed, 5, prompt.row),
                 temperature=config.temperature,
             ),
             topk_sample_logprobs=config.top_k if config.method == "top_k" else 0,
@@ -287,7 +288,9 @@ class ReverseKL(Objective[Prompt]):
 
         async def one(prompt: Prompt) -> list[tuple[Segment, np.ndarray]]:
             config = self.config
-            params = SamplingParams(config.max_tokens, seed=_seed(config.seed, 4, step, prompt.row))
+            params = SamplingParams(
+                config.max_tokens, seed=derived_seed(config.seed, 4, step, prompt.row)
+            )
             response = await self.student.sample(prompt.student, config.samples_per_prompt, params)
             segments = [sample_segment(prompt.student, s) for s in response.sequences]
             teacher = self.teachers[prompt.teacher_name]

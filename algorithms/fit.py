@@ -25,9 +25,9 @@ from ..primitives.op import Op
 from ..primitives.types import ForwardBackwardOutput, OptimStepResponse, TrainingInfo
 from .fit_config import FitConfig
 from .rows import DataReport
+from .run_files import appending, checkpoint_name, forget_after, write_json
 from .run_folder import load_run_of, new_run_folder
 from .stopping import stop_on_signals, unless
-from .train import _appending, _name, _truncate_metrics, _write_json
 
 E = TypeVar("E")
 T = TypeVar("T")
@@ -191,7 +191,7 @@ async def start_fit(
     kind = type(config).__name__
     saved = {"run_id": training.run_id, "kind": kind, "config": asdict(config)}
     saved["data"] = {name: report.to_json() for name, report in prepared.reports.items()}
-    _write_json(folder / "run.json", saved)
+    write_json(folder / "run.json", saved)
     loop = _Loop(training, config, prepared, folder, _State(), watch)
     await loop.checkpoint()
     return await loop.run(first=True)
@@ -229,7 +229,7 @@ async def resume_fit(
             f"the data is not what run {run_id} was started with, so it cannot go on as if it had "
             "not stopped; start a new run from its checkpoint instead (start=" + newest.path + ")"
         )
-    _truncate_metrics(folder / "metrics.jsonl", state.step if state.step else -1)
+    forget_after(folder / "metrics.jsonl", state.step if state.step else -1)
     watch = watch or FitWatcher()
     watch.data(prepared.reports)
     loop = _Loop(training, config, prepared, folder, state, watch, newest.path)
@@ -271,7 +271,7 @@ class _Loop(Generic[E]):
         state, config = self.state, self.config
         self.watch.started(self.training.run_id, self.folder, state.step, self.total)
         before = after = None
-        with stop_on_signals() as stop, _appending(self.folder / "metrics.jsonl") as self.log:
+        with stop_on_signals() as stop, appending(self.folder / "metrics.jsonl") as self.log:
             if first:
                 before = await unless(stop, self.evaluate())
             saved = state.step
@@ -377,7 +377,9 @@ class _Loop(Generic[E]):
     async def checkpoint(self) -> None:
         started = time.monotonic()
         saved = await self.training.save_state(
-            _name(self.state.step), user_metadata={"fit": asdict(self.state)}, overwrite=True
+            checkpoint_name(self.state.step),
+            user_metadata={"fit": asdict(self.state)},
+            overwrite=True,
         )
         self.saved = saved.path
         self.step_started += time.monotonic() - started

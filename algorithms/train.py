@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,9 @@ from .datums import mismatch_metrics, truncated_importance_weights
 from .evaluate import EvalResult, evaluate, is_success
 from .replay import Replay, ReplayState
 from .rollout import Group, RolloutCounts, Rollouts
+from .run_files import appending, checkpoint_name, forget_after, write_file, write_json
 from .run_folder import load_run, new_run_folder
+from .seeds import derived_seed
 from .stopping import Meanwhile, stop_on_signals, unless
 
 
@@ -106,8 +107,8 @@ async def train(
     )
     folder = Path(run_dir) if run_dir else Path(service.home) / "runs" / training.run_id
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "run.json", {"run_id": training.run_id, "config": asdict(config)})
-    await training.save_state(_name(0), user_metadata={"loop": asdict(_Loop())})
+    write_json(folder / "run.json", {"run_id": training.run_id, "config": asdict(config)})
+    await training.save_state(checkpoint_name(0), user_metadata={"loop": asdict(_Loop())})
     return await _train(service, training, config, folder, _Loop(), watch or Watcher())
 
 
@@ -133,7 +134,7 @@ async def resume(
     newest = max(saved, key=lambda c: c.user_metadata["loop"]["step"])
     loop = _Loop(**newest.user_metadata["loop"])
     training = await service.resume_training_client(run_id, path=newest.path)
-    _truncate_metrics(folder / "metrics.jsonl", loop.step)
+    forget_after(folder / "metrics.jsonl", loop.step)
     return await _train(service, training, config, folder, loop, watch or Watcher())
 
 
@@ -149,7 +150,7 @@ async def _train(
     live = await training.live_sampling_client().ready()
     reference = await _reference(service, config)
     before = after = None
-    with stop_on_signals() as stop, _appending(folder / "metrics.jsonl") as log:
+    with stop_on_signals() as stop, appending(folder / "metrics.jsonl") as log:
         workers = await service.create_env_client(config.model, config.num_env_workers)
         async with workers as env_client:
             runner = _Runner(
@@ -260,12 +261,12 @@ class _Runner:
             EpisodeSpec(
                 env=self.config.env,
                 env_kwargs=self.config.env_kwargs,
-                seed=_seed(self.config.seed, 0, index),
+                seed=derived_seed(self.config.seed, 0, index),
                 policy=self.live,
                 sampling_params=SamplingParams(
                     max_tokens=self.config.max_tokens,
                     temperature=self.config.temperature,
-                    seed=_seed(self.config.seed, 1, index, member),
+                    seed=derived_seed(self.config.seed, 1, index, member),
                 ),
                 limits=self.limits,
             )
@@ -294,7 +295,10 @@ class _Runner:
             self.replay.add(batch)
         staleness = [self.version - group.oldest_version for group in groups]
         metrics = await self._train_on(groups)
-        _write(self.folder / "trajectories" / f"{_name(loop.step + 1)}.msgpack", encode(batch))
+        write_file(
+            self.folder / "trajectories" / f"{checkpoint_name(loop.step + 1)}.msgpack",
+            encode(batch),
+        )
         loop.step += 1
         rollouts.advance(self.version)
         loop.counts = {
@@ -413,12 +417,12 @@ class _Runner:
             EpisodeSpec(
                 env=config.env,
                 env_kwargs={**config.env_kwargs, **config.eval_env_kwargs},
-                seed=_seed(config.seed, 2, number),
+                seed=derived_seed(config.seed, 2, number),
                 policy=policy,
                 sampling_params=SamplingParams(
                     max_tokens=config.max_tokens,
                     temperature=config.temperature,
-                    seed=_seed(config.seed, 3, number),
+                    seed=derived_seed(config.seed, 3, number),
                 ),
                 limits=config.limits(),
             )
@@ -433,11 +437,11 @@ class _Runner:
     async def checkpoint(self, rollouts: Rollouts) -> None:
         loop = self.loop
         loop.next_index, loop.outstanding = rollouts.next_index, rollouts.outstanding
-        held = self.folder / "replay" / f"{_name(loop.step)}.msgpack"
+        held = self.folder / "replay" / f"{checkpoint_name(loop.step)}.msgpack"
         if self.config.replay_groups:
-            _write(held, encode(self.replay.state()))
+            write_file(held, encode(self.replay.state()))
         await self.training.save_state(
-            _name(loop.step), user_metadata={"loop": asdict(loop)}, overwrite=True
+            checkpoint_name(loop.step), user_metadata={"loop": asdict(loop)}, overwrite=True
         )
         for old in held.parent.glob("*.msgpack"):  # only the newest checkpoint is gone on from
             if old != held:
@@ -448,52 +452,12 @@ def _read_replay(folder: Path, step: int) -> ReplayState | None:
     """The replay buffer as it was at the checkpoint of `step`; None at the start."""
     if step == 0:
         return None
-    path = folder / "replay" / f"{_name(step)}.msgpack"
+    path = folder / "replay" / f"{checkpoint_name(step)}.msgpack"
     if not path.exists():
         raise NotFound(f"the replay buffer of step {step} is missing: {path}")
     return decode(path.read_bytes(), ReplayState)
 
 
-def _seed(*words: int) -> int:
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
-
-
 def _mean(values: Any) -> float:
     array = np.fromiter(values, float)
     return float(array.mean()) if len(array) else 0.0
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=1).encode())
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Forget the rows of steps after a checkpoint: they will be taken again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # cut short by a kill
-            break
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    _write(path, "".join(kept).encode())
-
-
-@contextmanager
-def _appending(path: Path) -> Iterator[Any]:
-    with path.open("a") as file:
-        yield file
