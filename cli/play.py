@@ -1,11 +1,11 @@
-"""`tinsmith envs try`: an episode in the terminal, played by hand or by a model."""
+"""`tinsmith envs try`: an episode in the terminal, every agent played by hand or by a model."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ..envs.fork_server import EnvSource
 from ..envs.isolation import EnvPool, EnvProcess
+from ..envs.multi_agent import Transition
 from ..envs.registry import pickled_factory
 from ..envs.renderer import ChatRenderer, Conversation
 from ..envs.text_stream import TextStream
@@ -60,7 +61,7 @@ def try_env(
     screen = Screen(Console(stderr=as_json, highlight=False))
     params = SamplingParams(max_tokens, temperature=temperature, seed=seed)
 
-    async def main() -> Episode:
+    async def main() -> list[Seat]:
         async with (
             EnvPool(1) as pool,
             pool.open(source, kwargs, step_seconds=STEP_SECONDS) as env,
@@ -69,23 +70,37 @@ def try_env(
             return await play(env, player, screen, seed, max_turns)
 
     try:
-        episode = asyncio.run(main())
+        seats = asyncio.run(main())
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if as_json:
-        print_json({"env": name, "seed": seed, "model": model, **episode.to_json()})
+        played = {"env": name, "seed": seed, "model": model}
+        if len(seats) > 1:
+            print_json(played | {"agents": {seat.agent: seat.to_json() for seat in seats}})
+        else:
+            print_json(played | seats[0].to_json())
 
 
 @dataclass
-class Episode:
-    messages: list[Message]
-    info: dict[str, Any]
+class Seat:
+    """One agent's part of the episode."""
+
+    agent: str
+    player: Player
+    new: list[Message] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
     rewards: list[float] = field(default_factory=list)
     terminated: bool = False
     truncated: bool = False
 
+    @property
+    def done(self) -> bool:
+        return self.terminated or self.truncated
+
     def to_json(self) -> dict[str, Any]:
-        return {"reward": sum(self.rewards), **vars(self)}
+        names = ("messages", "info", "rewards", "terminated", "truncated")
+        return {"reward": sum(self.rewards), **{name: getattr(self, name) for name in names}}
 
 
 class Player(Protocol):
@@ -101,66 +116,92 @@ class Screen:
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def messages(self, messages: Sequence[Message]) -> None:
+    named = False  # whether it matters which agent something concerns
+
+    def messages(self, messages: Sequence[Message], agent: str) -> None:
         for message in messages:
-            self.begin(message["role"])
+            self.begin(message["role"], agent)
             self.console.print(message["content"], markup=False)
 
-    def begin(self, role: str) -> None:
+    def begin(self, role: str, agent: str) -> None:
+        if self.named:
+            self.console.print(f"[{agent}] ", end="", style="bold", markup=False)
         self.console.print(f"{role:>9}  ", end="", style=f"bold {COLOURS.get(role, 'white')}")
 
     def piece(self, text: str) -> None:
         self.console.print(text, end="", markup=False, soft_wrap=True)
 
-    def outcome(self, reward: float, info: dict[str, Any]) -> None:
+    def outcome(self, reward: float, info: dict[str, Any], agent: str) -> None:
+        whose = f"[{agent}] " if self.named else ""
         self.console.print(
-            f"   reward  {reward:g}   info {json.dumps(info)}",
+            f"{whose}   reward  {reward:g}   info {json.dumps(info)}",
             style="dim",
             markup=False,
             soft_wrap=True,
         )
 
-    def end(self, episode: Episode) -> None:
-        how = "terminated" if episode.terminated else "truncated" if episode.truncated else "left"
-        turns = len(episode.rewards)
-        self.console.rule(f"{how} after {turns} turns, reward {sum(episode.rewards):g}")
+    def end(self, seats: Sequence[Seat]) -> None:
+        for seat in seats:
+            how = "terminated" if seat.terminated else "truncated" if seat.truncated else "left"
+            turns, whose = len(seat.rewards), f"{seat.agent} " if self.named else ""
+            self.console.rule(f"{whose}{how} after {turns} turns, reward {sum(seat.rewards):g}")
 
 
 async def play(
-    env: EnvProcess, player: Player, screen: Screen, seed: int, max_turns: int
-) -> Episode:
-    """An episode of a single-agent environment, shown as it goes."""
-    new, info = await env.reset(seed, None)
-    episode = Episode(list(new), info)
-    screen.messages(new)
-    while not (episode.terminated or episode.truncated):
-        action = await player.turn(new, env.tool_schemas)
-        if action is None:
-            break
-        step = await env.step(action)
-        new = step.messages
-        episode.messages += [{"role": "assistant", "content": action}, *new]
-        episode.rewards.append(step.reward)
-        episode.info, episode.terminated = step.info, step.terminated
-        full = not step.terminated and len(episode.rewards) >= max_turns
-        episode.truncated = step.truncated or full
-        screen.messages(new)
-        screen.outcome(step.reward, step.info)
-    screen.end(episode)
-    return episode
+    env: EnvProcess, player: Callable[[str], Player], screen: Screen, seed: int, max_turns: int
+) -> list[Seat]:
+    """An episode, shown as it goes. `player` gives each agent by name who plays it."""
+    (opening,) = await env.begin(seed, None)
+    seats = [Seat(agent, player(agent)) for agent in env.agents]
+    screen.named = len(seats) > 1
+    acting = _take(opening, seats, screen)
+    while acting:
+        actions: dict[str, str] = {}
+        for seat in acting:
+            action = await seat.player.turn(seat.new, env.tools[seat.agent])
+            if action is None:
+                screen.end(seats)
+                return seats
+            seat.messages.append({"role": "assistant", "content": action})
+            seat.rewards.append(0.0)
+            seat.new = []
+            actions[seat.agent] = action
+        (transition,) = await env.act(actions)
+        acting = _take(transition, seats, screen)
+        for seat in acting:
+            seat.truncated = len(seat.rewards) >= max_turns
+        acting = [seat for seat in acting if not seat.truncated]
+    screen.end(seats)
+    return seats
+
+
+def _take(transition: Transition, seats: Sequence[Seat], screen: Screen) -> list[Seat]:
+    """Tell the seats what happened; those that are to act next."""
+    for seat in seats:
+        agent = seat.agent
+        new = transition.observations.get(agent, [])
+        seat.new += new
+        seat.messages += new
+        seat.info = transition.infos.get(agent, seat.info)
+        seat.terminated |= transition.terminations.get(agent, False)
+        seat.truncated |= transition.truncations.get(agent, False)
+        screen.messages(new, agent)
+        if seat.rewards and agent in transition.rewards:
+            seat.rewards[-1] += transition.rewards[agent]
+            screen.outcome(transition.rewards[agent], seat.info, agent)
+    return [s for s in seats if s.agent in transition.observations and not s.done]
 
 
 class ByHand:
     """Turns typed at the terminal."""
 
-    def __init__(self, screen: Screen, prompt: str = "> ") -> None:
-        self.screen, self.prompt = screen, prompt
-        screen.console.print(HELP, style="dim")
+    def __init__(self, screen: Screen, agent: str) -> None:
+        self.screen, self.agent = screen, agent
 
     async def turn(self, new: Sequence[Message], tools: Any) -> str | None:
         lines: list[str] = []
         while True:
-            self.screen.piece(self.prompt)
+            self.screen.piece(f"{self.agent}> " if self.screen.named else "> ")
             line = await _typed()
             if line is None:
                 return None
@@ -195,8 +236,10 @@ async def _typed() -> str | None:
 class ByModel:
     """Turns sampled from a policy, shown as they come."""
 
-    def __init__(self, policy: SamplingClient, params: SamplingParams, screen: Screen) -> None:
-        self.policy, self.params, self.screen = policy, params, screen
+    def __init__(
+        self, policy: SamplingClient, params: SamplingParams, screen: Screen, agent: str
+    ) -> None:
+        self.policy, self.params, self.screen, self.agent = policy, params, screen, agent
         self.renderer = ChatRenderer(policy.get_tokenizer())
         self.conversation: Conversation | None = None
 
@@ -205,7 +248,7 @@ class ByModel:
             self.conversation = self.renderer.start(new, tools)
         else:
             self.conversation.add_messages(new)
-        self.screen.begin("assistant")
+        self.screen.begin("assistant", self.agent)
         pieces, sampled = TextStream(self.renderer.tokenizer), list[SampledToken]()
         async for token in self.policy.sample_stream(self.conversation.prompt, 1, self.params):
             sampled.append(token)
@@ -217,9 +260,10 @@ class ByModel:
 @asynccontextmanager
 async def _player(
     model: str | None, home: Path, address: str | None, params: SamplingParams, screen: Screen
-) -> AsyncIterator[Player]:
+) -> AsyncIterator[Callable[[str], Player]]:
     if model is None:
-        yield ByHand(screen)
+        screen.console.print(HELP, style="dim")
+        yield lambda agent: ByHand(screen, agent)
         return
     from ..actors.cluster import connect
     from ..engines.models import resolve_model
@@ -234,8 +278,7 @@ async def _player(
             else:
                 await asyncio.to_thread(resolve_model, model, service.home, status.update)
                 policy = await service.create_sampling_client(base_model=model)
-            player = ByModel(policy, params, screen)
-        yield player
+        yield lambda agent: ByModel(policy, params, screen, agent)
     finally:
         service.close()
 

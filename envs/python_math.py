@@ -73,8 +73,9 @@ class PythonMath(ToolEnv):
         info |= {"success": reward > 0, "expected": self.expected}
         return observation, reward, terminated, truncated, info
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.sandbox.close()
+        await super().close()
 
 
 def draw(generator: random.Random) -> tuple[str, int]:

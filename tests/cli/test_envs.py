@@ -47,6 +47,18 @@ def test_environments_and_the_libraries_of_more_are_listed():
     assert "there is no module 'tests.no_such_module'" in missing.stderr
 
 
+def test_every_agent_of_a_game_is_played_by_hand():
+    moves = "[4]\n[0]\n[1]\n[8]\n[7]\n"
+    played = run("try", "textarena:TicTacToe-v0", "--json", answers=moves)
+    assert played.exit_code == 0, played.output
+    agents = json.loads(played.stdout.splitlines()[-1])["agents"]
+    assert {name: seat["reward"] for name, seat in agents.items()} == {
+        "player_0": 1.0,
+        "player_1": -1.0,
+    }
+    assert [seat["terminated"] for seat in agents.values()] == [True, True]
+
+
 def test_an_episode_is_played_by_hand():
     numbers = {"terms": 2, "max_number": 9}
     args = ("try", "calculator", "--env-kwargs", json.dumps(numbers), "--seed", 4)
