@@ -92,6 +92,8 @@ class Rollouts:
         version: the learner's version now.
         oversubscription: groups started beyond what pacing allows, as a share of a batch.
         max_groups_in_flight: how many groups may play at once (None: as pacing allows).
+        total: groups that will be trained on in all (None: no end); none is started beyond, where
+            it would only take time from the last ones.
         keep: which finished groups are worth training on; the others are counted and replaced,
             `max_replaced` of them per batch (None: as many as a batch holds). More are taken as
             they are, so that a batch gets full even where nothing has signal.
@@ -109,6 +111,7 @@ class Rollouts:
         version: int = 0,
         oversubscription: float = 0.0,
         max_groups_in_flight: int | None = None,
+        total: int | None = None,
         keep: Callable[[Group], bool] = has_signal,
         max_replaced: int | None = None,
         first_index: int = 0,
@@ -121,6 +124,7 @@ class Rollouts:
         self.max_staleness = max_staleness
         self.surplus = math.ceil(oversubscription * groups_per_step)
         self.max_groups_in_flight = max_groups_in_flight
+        self.total = total
         self.keep = keep
         self.max_replaced = groups_per_step if max_replaced is None else max_replaced
         self.max_failures_in_a_row = max_failures_in_a_row
@@ -172,6 +176,8 @@ class Rollouts:
     def _issue(self) -> None:
         steps = self._version - self._first_version
         allowed = (steps + self.max_staleness + 1) * self.groups_per_step
+        if self.total is not None:
+            allowed = min(allowed, self.total)
         trained_or_pending = self.counts.trained + len(self._ready) + len(self._running)
         room = allowed + self.surplus - trained_or_pending
         if self.max_groups_in_flight is not None:

@@ -219,6 +219,7 @@ class _Runner:
             max_staleness=self.config.max_staleness,
             oversubscription=self.config.oversubscription,
             max_replaced=round(self.config.max_replaced * self.config.groups_per_step),
+            total=(self.config.steps - self.loop.step) * self.config.groups_per_step,
             version=self.version,
             first_index=self.loop.next_index,
             redo=self.loop.outstanding,

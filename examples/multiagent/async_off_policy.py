@@ -110,6 +110,7 @@ async def train(service: ServiceClient, settings: Settings, max_staleness: int) 
             groups_per_step=settings.groups_per_step,
             group_size=settings.group_size,
             max_staleness=max_staleness,
+            total=settings.steps * settings.groups_per_step,
             max_replaced=0,  # the same samples for every bound
         ) as rollouts:
             for step in range(settings.steps):
@@ -167,11 +168,11 @@ def main(
     staleness: Annotated[list[int], typer.Option(help="bounds to compare")] = [0, 1, 4, 8],  # noqa: B006
     env: Annotated[str, typer.Option(help="with splits `train` and `eval`")] = "calculator",
     latency: Annotated[float, typer.Option(help="mean seconds of a tool's answer")] = 1.0,
-    steps: int = 16,
+    steps: int = 12,
     groups_per_step: int = 4,
     group_size: int = 4,
     learning_rate: float = 3e-4,
-    eval_episodes: int = 100,
+    eval_episodes: int = 64,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path(
         "runs/async-off-policy"

@@ -85,6 +85,14 @@ async def test_asynchronous_rollouts_run_ahead():
     assert np.mean(staleness) > 0.5
 
 
+@pytest.mark.parametrize("max_staleness", [0, 3])
+async def test_nothing_is_started_that_will_not_be_trained_on(max_staleness):
+    staleness, rollouts = await run_loop(Player(), 5, max_staleness=max_staleness, total=15)
+    assert rollouts.counts.issued == rollouts.counts.trained == 15
+    assert rollouts.outstanding == []
+    assert max(staleness) <= max_staleness
+
+
 async def test_groups_without_signal_are_counted_and_replaced():
     player = Player(reward=lambda index, member: float(member % 2 and index % 2))
     _, rollouts = await run_loop(player, 6, max_staleness=1, max_replaced=12)
