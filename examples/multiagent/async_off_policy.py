@@ -29,7 +29,6 @@ from tinsmith.algorithms.advantages import get_advantage
 from tinsmith.algorithms.datums import trajectory_datums
 from tinsmith.algorithms.rollout import Group, Rollouts
 from tinsmith.envs import EpisodeLimits, EpisodeSpec
-from tinsmith.primitives.client import SamplingClient, ServiceClient
 
 console = Console(stderr=True, highlight=False)
 
@@ -46,15 +45,15 @@ class Settings:
     eval_episodes: int
     seed: int
 
-    def episode(self, policy: SamplingClient, number: int, member: int = 0) -> EpisodeSpec:
+    def episode(self, policy: tinsmith.SamplingClient, number: int, member: int = 0) -> EpisodeSpec:
         """Members of a group have the task in common and differ in what they sample."""
         return self._spec(policy, number, member, "train", self.latency)
 
-    def held_out(self, policy: SamplingClient, number: int) -> EpisodeSpec:
+    def held_out(self, policy: tinsmith.SamplingClient, number: int) -> EpisodeSpec:
         return self._spec(policy, number, 0, "eval", 0.0)
 
     def _spec(
-        self, policy: SamplingClient, number: int, member: int, split: str, latency: float
+        self, policy: tinsmith.SamplingClient, number: int, member: int, split: str, latency: float
     ) -> EpisodeSpec:
         return EpisodeSpec(
             "tinsmith.envs.latency:SlowTools",
@@ -78,7 +77,7 @@ class Curve:
     success: list[float] = field(default_factory=list)
 
 
-async def train(service: ServiceClient, settings: Settings, max_staleness: int) -> Curve:
+async def train(service: tinsmith.ServiceClient, settings: Settings, max_staleness: int) -> Curve:
     """The loop. Everything in it is yours to change."""
     training = await service.create_lora_training_client(
         settings.model, rank=16, train_unembed=False, seed=settings.seed
@@ -129,15 +128,11 @@ async def train(service: ServiceClient, settings: Settings, max_staleness: int) 
                     f"reward {curve.rewards[-1]:.3f}  staleness {np.mean(curve.staleness[-1]):.2f}"
                 )
         policy = await training.save_weights_and_get_sampling_client()
-        result = await evaluate(workers, settings, policy)
+        tasks = [settings.held_out(policy, number) for number in range(settings.eval_episodes)]
+        result = await tinsmith.evaluate(workers, tasks)
     curve.success = [result.low, result.rate, result.high]
     await service.close_training_run(training.run_id)
     return curve
-
-
-def evaluate(workers, settings: Settings, policy: SamplingClient):
-    specs = [settings.held_out(policy, number) for number in range(settings.eval_episodes)]
-    return tinsmith.evaluate(workers, specs)
 
 
 def seed_of(*words: int) -> int:
