@@ -5,7 +5,7 @@ each turn after a lognormally distributed time of mean 1 s (sigma 1). Both sides
 `tinsmith.train` with the same groups, episodes and optimizer steps; `max_staleness` alone differs.
 The model is that small so that, as on an accelerator, tools and not two cores are what a
 synchronous run waits for. Figures are medians of the seconds that training took, evaluations left
-out. Success on 200 held-out episodes (played without delays) is pooled over the runs, with Wilson's
+out. Success on 100 held-out episodes (played without delays) is pooled over the runs, with Wilson's
 95% interval. Every run of `--runs` takes minutes: half as many pairs are run.
 """
 
@@ -114,7 +114,7 @@ def config(model: str, max_staleness: int, quick: bool, seed: int) -> tinsmith.T
         max_tokens=4,
         step_seconds=120.0,
         num_env_workers=1 if quick else 5,
-        eval_episodes=8 if quick else 200,
+        eval_episodes=8 if quick else 100,
         checkpoint_every=1000,
         seed=seed,
     )
