@@ -163,11 +163,11 @@ def main(
     staleness: Annotated[list[int], typer.Option(help="bounds to compare")] = [0, 1, 4, 8],  # noqa: B006
     env: Annotated[str, typer.Option(help="with splits `train` and `eval`")] = "calculator",
     latency: Annotated[float, typer.Option(help="mean seconds of a tool's answer")] = 1.0,
-    steps: int = 12,
-    groups_per_step: int = 4,
+    steps: int = 15,
+    groups_per_step: int = 3,
     group_size: int = 4,
-    learning_rate: float = 3e-4,
-    eval_episodes: int = 64,
+    learning_rate: float = 4e-4,
+    eval_episodes: int = 48,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path(
         "runs/async-off-policy"
@@ -177,11 +177,7 @@ def main(
         model, env, steps, groups_per_step, group_size, learning_rate, latency, eval_episodes, seed
     )
     out.mkdir(parents=True, exist_ok=True)
-    curves = asyncio.run(compare(settings, staleness))
-    (out / "results.json").write_text(
-        json.dumps({"settings": asdict(settings), "curves": [asdict(c) for c in curves]}, indent=1)
-    )
-    plot(curves, out / "curves.png")
+    curves = asyncio.run(compare(settings, staleness, out))
     summary = [
         {
             "max_staleness": curve.max_staleness,
@@ -195,12 +191,22 @@ def main(
     print(json.dumps({"runs": summary, "out": str(out)}), flush=True)
 
 
-async def compare(settings: Settings, bounds: list[int]) -> list[Curve]:
+async def compare(settings: Settings, bounds: list[int], out: Path) -> list[Curve]:
     await asyncio.to_thread(
         tinsmith.resolve_model, settings.model, tinsmith.default_home(), console.print
     )
+    curves = []
     async with tinsmith.connect(num_cpus=os.cpu_count()) as service:
-        return [await train(service, settings, bound) for bound in bounds]
+        for bound in bounds:
+            curves.append(await train(service, settings, bound))
+            await asyncio.to_thread(save, settings, curves, out)
+    return curves
+
+
+def save(settings: Settings, curves: list[Curve], out: Path) -> None:
+    results = {"settings": asdict(settings), "curves": [asdict(curve) for curve in curves]}
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    plot(curves, out / "curves.png")
 
 
 if __name__ == "__main__":
