@@ -2,9 +2,9 @@
 
 `Rollouts` starts group after group while the number issued stays within
 `(version + max_staleness + 1) * groups_per_step` (AReaL's rule, Fu et al., 2025), and hands out
-batches. A group that would be too old after the next step is waited for, not thrown away:
-a batch takes the oldest groups first, and is not handed out while one that it must hold still
-plays. With `max_staleness=0` this is exactly the synchronous loop.
+batches. A group is waited for before it would get too old, not thrown away: a batch takes the
+oldest groups first, and is not handed out while it would leave more of them behind than the next
+batches can hold in time. With `max_staleness=0` this is exactly the synchronous loop.
 
 `oversubscription` trades work for time: more groups are started than needed, none is waited for
 once a batch is full, and what is too old by then is dropped and counted.
@@ -128,6 +128,8 @@ class Rollouts:
         version: the learner's version now.
         oversubscription: groups started beyond what pacing allows, as a share of a batch.
         max_groups_in_flight: how many groups may play at once (None: as pacing allows).
+        total: groups that will be trained on in all (None: no end); none is started beyond, where
+            it would only take time from the last ones.
         keep: which finished groups are worth training on; the others are counted and replaced,
             `max_replaced` of them per batch (None: as many as a batch holds). More are taken as
             they are, so that a batch gets full even where nothing has signal.
@@ -145,6 +147,7 @@ class Rollouts:
         version: int = 0,
         oversubscription: float = 0.0,
         max_groups_in_flight: int | None = None,
+        total: int | None = None,
         keep: Callable[[Group], bool] = has_signal,
         max_replaced: int | None = None,
         first_index: int = 0,
@@ -157,6 +160,7 @@ class Rollouts:
         self.max_staleness = max_staleness
         self.surplus = math.ceil(oversubscription * groups_per_step)
         self.max_groups_in_flight = max_groups_in_flight
+        self.total = total
         self.keep = keep
         self.max_replaced = groups_per_step if max_replaced is None else max_replaced
         self.max_failures_in_a_row = max_failures_in_a_row
@@ -208,6 +212,8 @@ class Rollouts:
     def _issue(self) -> None:
         steps = self._version - self._first_version
         allowed = (steps + self.max_staleness + 1) * self.groups_per_step
+        if self.total is not None:
+            allowed = min(allowed, self.total)
         trained_or_pending = self.counts.trained + len(self._ready) + len(self._running)
         room = allowed + self.surplus - trained_or_pending
         if self.max_groups_in_flight is not None:
@@ -239,12 +245,22 @@ class Rollouts:
         self._ready = fresh
 
     def _must_wait(self) -> bool:
-        due = self._version - self.max_staleness
-        overdue = any(started <= due for _, started in self._running.values())
-        return len(self._ready) < self.groups_per_step or (overdue and not self.surplus)
+        """Whether a batch handed out now would be short, or would leave more old groups behind
+        than the batches can hold until they are too old."""
+        if len(self._ready) < self.groups_per_step:
+            return True
+        if self.surplus or not self._running:
+            return False
+        ready = sorted(group.oldest_version for group in self._ready)[self.groups_per_step :]
+        left = sorted([*ready, *(started for _, started in self._running.values())])
+        batches_until = (version + self.max_staleness - self._version for version in left)
+        return any(
+            number > self.groups_per_step * batches
+            for number, batches in enumerate(batches_until, start=1)
+        )
 
     async def next_batch(self) -> list[Group]:
-        """The next `groups_per_step` groups, oldest first.
+        """The next `groups_per_step` groups, those with the oldest tokens first.
 
         Raises:
             RolloutFailure: too many episodes failed in a row.
@@ -256,7 +272,7 @@ class Rollouts:
                 del self._running[task]
                 self._take(task.result())
             self._issue()
-        self._ready.sort(key=lambda group: (group.start_version, group.index))
+        self._ready.sort(key=lambda group: (group.oldest_version, group.index))
         batch = self._ready[: self.groups_per_step]
         self._ready = self._ready[self.groups_per_step :]
         self.counts.trained += len(batch)

@@ -243,6 +243,7 @@ class _Runner:
             oversubscription=self.config.oversubscription,
             max_replaced=round(self.config.max_replaced * self.config.groups_per_step),
             keep=lambda group: worth_training_on(group, self.config),
+            total=(self.config.steps - self.loop.step) * self.config.groups_per_step,
             version=self.version,
             first_index=self.loop.next_index,
             redo=self.loop.outstanding,
