@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,7 @@ from tinsmith.cli.progress import RichWatcher
 from tinsmith.cli.report import report
 
 from . import dataset
+from .warm_up import warm_up
 
 ENV = "examples.studies.chemistry.name_to_formula:NameToFormula"
 NAMES_PER_LEVEL = 2000  # level 1 has no more than 490
@@ -37,9 +38,10 @@ console = Console()
 
 @dataclass(frozen=True)
 class Preset:
-    """`levels`: of the names. The rest goes to the environment and to `TrainConfig`."""
+    """`levels`: of the names. `warm_up`: supervised steps before. The rest goes to the environment and to `TrainConfig`."""
 
     levels: tuple[int, ...]
+    warm_up: int
     env_kwargs: dict[str, Any]
     training: dict[str, Any]
 
@@ -48,7 +50,8 @@ PRESETS = {
     # SmolLM2-135M on two cores: names of one or two features, the formula at once.
     "laptop": Preset(
         levels=(1, 2),
-        env_kwargs={"examples": 8},
+        warm_up=24,
+        env_kwargs={"examples": 0},
         training=dict(
             steps=60,
             groups_per_step=8,
@@ -64,6 +67,7 @@ PRESETS = {
     # A model of some billions of parameters on a GPU: longer names, and room to think.
     "gpu": Preset(
         levels=(1, 2, 3, 4),
+        warm_up=0,
         env_kwargs={"examples": 4, "thinking": True},
         training=dict(
             steps=200,
@@ -89,6 +93,7 @@ def main(
         "laptop"
     ),
     steps: Annotated[int | None, typer.Option(help="optimizer steps; default: the preset's")] = None,
+    warm_up_steps: Annotated[int | None, typer.Option(help="supervised steps before")] = None,
     eval_episodes: Annotated[int | None, typer.Option(help="default: the preset's")] = None,
     max_staleness: Annotated[int | None, typer.Option(help="0: strictly on-policy")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="default: the preset's")] = None,
@@ -121,7 +126,8 @@ def main(
             **chosen.training | {name: flag for name, flag in flags.items() if flag is not None},
         )
         run_folder = run_dir or Path(time.strftime("runs/chemistry-%Y%m%d-%H%M%S"))
-        summary = asyncio.run(run(config, run_folder))
+        warm = chosen.warm_up if warm_up_steps is None else warm_up_steps
+        summary = asyncio.run(run(config, run_folder, warm))
     except tinsmith.TinsmithError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(json.dumps(summary | {"names": vars(counts)}), flush=True)
@@ -143,11 +149,21 @@ def prepare(
     return folder, counts
 
 
-async def run(config: tinsmith.TrainConfig, folder: Path) -> dict[str, Any]:
+async def run(config: tinsmith.TrainConfig, folder: Path, warm_up_steps: int) -> dict[str, Any]:
     home = tinsmith.default_home()
     await asyncio.to_thread(tinsmith.resolve_model, config.model, home, console.print)
     started = time.monotonic()
+    warmed = None
     async with tinsmith.connect() as service:
+        if warm_up_steps:
+            path, losses = await warm_up(service, config, warm_up_steps)
+            config = replace(config, start=path)
+            warmed = {"steps": warm_up_steps, "seconds": round(time.monotonic() - started, 1)}
+            console.print(
+                f"supervised warm-up: loss {losses[0]:.2f} to {losses[-1]:.2f} nats per token "
+                f"in {warm_up_steps} steps, {warmed['seconds']} s",
+                highlight=False,
+            )
         with RichWatcher(config, console) as watch:
             result = await tinsmith.train(service, config, run_dir=folder, watch=watch)
     summary = report(console, config, result, time.monotonic() - started)
@@ -156,7 +172,7 @@ async def run(config: tinsmith.TrainConfig, folder: Path) -> dict[str, Any]:
         if evaluation is not None:
             summary[moment]["by_level"] = by_level(evaluation)
             console.print(f"{moment}, by level: {summary[moment]['by_level']}", highlight=False)
-    return summary | {"model": config.model, "cpus": os.cpu_count()}
+    return summary | {"warm_up": warmed, "model": config.model, "cpus": os.cpu_count()}
 
 
 def by_level(evaluation: tinsmith.EvalResult) -> dict[str, dict[str, float]]:
