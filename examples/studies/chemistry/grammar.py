@@ -15,12 +15,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-STEMS = "meth eth prop but pent hex hept oct non dec undec dodec".split()
+STEMS = ["meth", "eth", "prop", "but", "pent", "hex", "hept", "oct", "non", "dec", "undec", "dodec"]
 TIMES = {1: "", 2: "di", 3: "tri", 4: "tetra"}
-SUBSTITUENTS = "bromo chloro ethoxy ethyl fluoro iodo methoxy methyl nitro".split()
+SUBSTITUENTS = [
+    "bromo",
+    "chloro",
+    "ethoxy",
+    "ethyl",
+    "fluoro",
+    "iodo",
+    "methoxy",
+    "methyl",
+    "nitro",
+]
 WEAK = ["amino", "hydroxy"]  # a suffix themselves unless another one comes first
-SUFFIXES = "ol one amine thiol".split()  # on a numbered carbon
-END_SUFFIXES = "al amide nitrile oic_acid oate".split()  # on the first carbon of a chain
+SUFFIXES = ["ol", "one", "amine", "thiol"]  # on a numbered carbon
+END_SUFFIXES = ["al", "amide", "nitrile", "oic_acid", "oate"]  # on the first carbon of a chain
 ARENES = {
     "benzene": 6,
     "phenol": 6,
@@ -173,7 +183,9 @@ def spell(molecule: Molecule) -> str:
     """The name of a molecule as it is numbered."""
     features = len(molecule.bonds) + len(molecule.substituents) + (molecule.suffix is not None)
     # A number is left out where there is no choice.
-    one_place = molecule.carbons == 1 or features <= 1 and (molecule.ring or molecule.carbons == 2)
+    one_place = molecule.carbons == 1 or (
+        features <= 1 and (molecule.ring or molecule.carbons == 2)
+    )
     stem = ("cyclo" if molecule.ring else "") + STEMS[molecule.carbons - 1]
     parent = _suffixed(stem + _unsaturation(molecule, not one_place), molecule, not one_place)
     return prefixes(molecule.substituents, not one_place) + parent
@@ -200,7 +212,9 @@ def _unsaturation(molecule: Molecule, numbered: bool) -> str:
         if positions:
             times = TIMES[len(positions)]
             vowel = ("e" if text else "a") if times else ""
-            text += vowel + (f"-{','.join(map(str, positions))}-" if numbered else "") + times + kind
+            text += (
+                vowel + (f"-{','.join(map(str, positions))}-" if numbered else "") + times + kind
+            )
     return (text or "an") + "e"
 
 

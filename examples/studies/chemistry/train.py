@@ -32,7 +32,7 @@ from . import dataset
 from .warm_up import warm_up
 
 ENV = "examples.studies.chemistry.name_to_formula:NameToFormula"
-NAMES_PER_LEVEL = 2000  # level 1 has no more than 490
+NAMES_PER_LEVEL = dict.fromkeys((1, 2, 3, 4), 2000)  # level 1 has no more than 490
 console = Console()
 
 
@@ -47,16 +47,16 @@ class Preset:
 
 
 PRESETS = {
-    # SmolLM2-135M on two cores: names of one or two features, the formula at once.
+    # SmolLM2-135M on two cores: names of one feature, the formula at once.
     "laptop": Preset(
-        levels=(1, 2),
-        warm_up=24,
+        levels=(1,),
+        warm_up=32,
         env_kwargs={"examples": 0},
         training=dict(
-            steps=60,
+            steps=40,
             groups_per_step=8,
             group_size=8,
-            learning_rate=5e-4,
+            learning_rate=3e-4,
             rank=16,
             max_tokens=16,
             max_staleness=1,
@@ -92,7 +92,9 @@ def main(
     preset: Annotated[Literal["laptop", "gpu"], typer.Option(help="sizes of everything")] = (
         "laptop"
     ),
-    steps: Annotated[int | None, typer.Option(help="optimizer steps; default: the preset's")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="optimizer steps; default: the preset's")
+    ] = None,
     warm_up_steps: Annotated[int | None, typer.Option(help="supervised steps before")] = None,
     eval_episodes: Annotated[int | None, typer.Option(help="default: the preset's")] = None,
     max_staleness: Annotated[int | None, typer.Option(help="0: strictly on-policy")] = None,
@@ -101,6 +103,7 @@ def main(
     shaping: Annotated[float, typer.Option(help="largest reward of a wrong formula")] = 0.5,
     names: Annotated[Path | None, typer.Option(help="your own names, one a line")] = None,
     strict: Annotated[bool, typer.Option(help="refuse names that OPSIN cannot read")] = False,
+    level: Annotated[list[int] | None, typer.Option(help="1 to 4; may be repeated")] = None,
     seed: int = 0,
     run_dir: Annotated[Path | None, typer.Option(help="default: runs/chemistry-<time>")] = None,
 ) -> None:
@@ -112,15 +115,13 @@ def main(
         max_staleness=max_staleness,
         learning_rate=learning_rate,
     )
-    levels = chosen.levels if names is None else (0,)
+    levels = tuple(level or chosen.levels) if names is None else (0,)
     try:
-        folder, counts = prepare(names, levels, strict)
+        folder, counts = prepare(names, strict)
         config = tinsmith.TrainConfig(
             model=model,
             env=ENV,
-            env_kwargs={
-                "data": str(folder), "levels": levels, "shaping": shaping, **env_kwargs
-            },
+            env_kwargs={"data": str(folder), "levels": levels, "shaping": shaping, **env_kwargs},
             eval_env_kwargs={"split": "eval"},
             seed=seed,
             **chosen.training | {name: flag for name, flag in flags.items() if flag is not None},
@@ -133,15 +134,10 @@ def main(
     print(json.dumps(summary | {"names": vars(counts)}), flush=True)
 
 
-def prepare(
-    names: Path | None, levels: tuple[int, ...], strict: bool
-) -> tuple[Path, dataset.Counts]:
+def prepare(names: Path | None, strict: bool) -> tuple[Path, dataset.Counts]:
     """The folder of checked names, and what became of them."""
     console.print("checking the names with OPSIN and RDKit", highlight=False)
-    if names is None:
-        rows = dataset.generated({level: NAMES_PER_LEVEL for level in levels})
-    else:
-        rows = dataset.read_names(names)
+    rows = dataset.generated(NAMES_PER_LEVEL) if names is None else dataset.read_names(names)
     folder, counts = dataset.build(rows, tinsmith.default_home() / "chemistry", strict=strict)
     console.print(str(counts), highlight=False)
     if counts.refused:

@@ -245,7 +245,16 @@ def test_the_script_runs_from_names_to_a_report(tiny_llama, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join([*grammar.names(1, 60), "not a name"]))
     flags = ["--model", tiny_llama, "--steps", "1", "--eval-episodes", "4"]
-    flags += ["--examples", "1", "--warm-up-steps", "2", "--names", str(names), "--run-dir", str(tmp_path / "run")]
+    flags += [
+        "--examples",
+        "1",
+        "--warm-up-steps",
+        "2",
+        "--names",
+        str(names),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     done = study(*flags, home=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
