@@ -50,10 +50,10 @@ PRESETS = {
     # SmolLM2-135M on two cores: names of one feature, the formula at once.
     "laptop": Preset(
         levels=(1,),
-        warm_up=32,
+        warm_up=80,
         env_kwargs={"examples": 0},
         training=dict(
-            steps=40,
+            steps=60,
             groups_per_step=8,
             group_size=8,
             learning_rate=3e-4,

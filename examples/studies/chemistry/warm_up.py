@@ -15,7 +15,7 @@ from tinsmith.envs import ChatRenderer
 
 from .name_to_formula import NameToFormula
 
-BATCH = 16
+BATCH = 8
 LEARNING_RATE = 1e-3
 
 
