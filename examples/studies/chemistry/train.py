@@ -64,6 +64,21 @@ PRESETS = {
             eval_episodes=300,
         ),
     ),
+    # Any model: does it all run?
+    "smoke": Preset(
+        levels=(1,),
+        warm_up=1,
+        env_kwargs={"examples": 1},
+        training=dict(
+            steps=1,
+            groups_per_step=1,
+            group_size=2,
+            rank=4,
+            max_tokens=8,
+            max_replaced=0.0,
+            eval_episodes=2,
+        ),
+    ),
     # A model of some billions of parameters on a GPU: longer names, and room to think.
     "gpu": Preset(
         levels=(1, 2, 3, 4),
@@ -89,9 +104,9 @@ def main(
     model: Annotated[str, typer.Option(help="folder, name or Hugging Face id")] = (
         "HuggingFaceTB/SmolLM2-135M-Instruct"
     ),
-    preset: Annotated[Literal["laptop", "gpu"], typer.Option(help="sizes of everything")] = (
-        "laptop"
-    ),
+    preset: Annotated[
+        Literal["laptop", "gpu", "smoke"], typer.Option(help="sizes of everything")
+    ] = ("laptop"),
     steps: Annotated[
         int | None, typer.Option(help="optimizer steps; default: the preset's")
     ] = None,

@@ -101,7 +101,9 @@ def test_numbering_does_not_change_the_molecule():
             given_names.append(grammar.spell(molecule))
             lowest_names.append(grammar.spell(grammar.lowest_numbering(molecule)))
     assert given_names != lowest_names
-    assert checkers.structures(given_names) == checkers.structures(lowest_names)
+    found = checkers.structures([*given_names, *lowest_names])
+    assert None not in found
+    assert found[:60] == found[60:]
 
 
 def test_names_that_opsin_cannot_read_are_skipped_with_their_lines_or_refused(tmp_path):
@@ -244,22 +246,13 @@ def study(*flags: str, home: Path) -> subprocess.CompletedProcess[str]:
 def test_the_script_runs_from_names_to_a_report(tiny_llama, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join([*grammar.names(1, 60), "not a name"]))
-    flags = ["--model", tiny_llama, "--steps", "1", "--eval-episodes", "4"]
-    flags += [
-        "--examples",
-        "1",
-        "--warm-up-steps",
-        "2",
-        "--names",
-        str(names),
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
+    flags = ["--model", tiny_llama, "--preset", "smoke", "--names", str(names)]
+    flags += ["--eval-episodes", "4", "--run-dir", str(tmp_path / "run")]
     done = study(*flags, home=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["optim_steps"] == 1
-    assert result["warm_up"]["steps"] == 2
+    assert result["warm_up"]["steps"] == 1
     assert result["before"]["episodes"] == result["after"]["episodes"] == 4
     assert result["names"]["refused"] == [61]
     assert (tmp_path / "run" / "metrics.jsonl").exists()
