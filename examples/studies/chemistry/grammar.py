@@ -1,8 +1,9 @@
 """Systematic names of organic molecules by a small grammar.
 
 A name's level is the number of features on its carbon skeleton: a ring, a double or triple bond,
-a characteristic group (the suffix), a substituent (a prefix). Level 1 is `hexane`, `hexan-2-ol` or
-`2-chlorohexane`; level 3 is `4-bromo-2-methylcyclohexan-1-one`.
+a characteristic group (the suffix), a substituent (a prefix); an aromatic parent counts as one.
+Level 1 is `hexan-2-ol` or `2-chlorohexane` (and, with none, `hexane`); level 3 is
+`2-bromocyclohexan-1-one`.
 
 The grammar knows no chemistry beyond the numbers of the carbon atoms: what it writes is checked by
 OPSIN (`checkers.py`), and what is no molecule is dropped there.
