@@ -30,6 +30,8 @@ class TrainConfig:
         env: a registered name, `gymnasium:<id>` or `package.module:Class`.
         env_kwargs: arguments of the environment.
         eval_env_kwargs: laid over `env_kwargs` for evaluation (a held-out split, for instance).
+        start: path of a checkpoint whose weights the run begins with (empty: a fresh adapter);
+            `rank`, `alpha` and `train_unembed` are then the checkpoint's.
         rank: of the LoRA adapter.
         alpha: the adapter is scaled by `alpha / rank`.
         train_unembed: adapt the output layer too.
@@ -84,6 +86,7 @@ class TrainConfig:
     env: str = "calculator"
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     eval_env_kwargs: dict[str, Any] = field(default_factory=dict)
+    start: str = ""
     rank: int = 32
     alpha: float = 32.0
     train_unembed: bool = True

@@ -97,7 +97,20 @@ async def train(
     about = {"env": config.env}
     if run_dir:
         about["run_dir"] = new_run_folder(run_dir)
-    training = await service.create_lora_training_client(
+    training = await _new_client(service, config, about)
+    folder = Path(run_dir) if run_dir else Path(service.home) / "runs" / training.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", {"run_id": training.run_id, "config": asdict(config)})
+    await training.save_state(checkpoint_name(0), user_metadata={"loop": asdict(_Loop())})
+    return await _train(service, training, config, folder, _Loop(), watch or Watcher())
+
+
+async def _new_client(
+    service: ServiceClient, config: TrainConfig, about: dict[str, Any]
+) -> TrainingClient:
+    if config.start:
+        return await service.create_training_client_from_state(config.start, user_metadata=about)
+    return await service.create_lora_training_client(
         config.model,
         rank=config.rank,
         alpha=config.alpha,
@@ -105,11 +118,6 @@ async def train(
         train_unembed=config.train_unembed,
         user_metadata=about,
     )
-    folder = Path(run_dir) if run_dir else Path(service.home) / "runs" / training.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run.json", {"run_id": training.run_id, "config": asdict(config)})
-    await training.save_state(checkpoint_name(0), user_metadata={"loop": asdict(_Loop())})
-    return await _train(service, training, config, folder, _Loop(), watch or Watcher())
 
 
 async def resume(
