@@ -109,7 +109,13 @@ async def _new_client(
     service: ServiceClient, config: TrainConfig, about: dict[str, Any]
 ) -> TrainingClient:
     if config.start:
-        return await service.create_training_client_from_state(config.start, user_metadata=about)
+        started = await service.create_training_client_from_state(config.start, user_metadata=about)
+        if started.base_model != config.model:
+            await service.delete_training_run(started.run_id)
+            raise InvalidInput(
+                f"TrainConfig.start is a checkpoint of {started.base_model}, not of {config.model}"
+            )
+        return started
     return await service.create_lora_training_client(
         config.model,
         rank=config.rank,
