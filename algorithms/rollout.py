@@ -21,52 +21,88 @@ from types import TracebackType
 
 import numpy as np
 
-from ..primitives.errors import EnvironmentFailure, RolloutFailure, Unavailable
-from ..primitives.types import Trajectory
+from ..primitives.errors import EnvironmentFailure, InvalidInput, RolloutFailure, Unavailable
+from ..primitives.types import Match, Trajectory
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """G episodes of one task. `start_version` is the learner's version when it was issued."""
+    """G episodes of one task. `start_version` is the learner's version when it was issued.
+
+    A group of matches holds them in `matches` and has no `trajectories`: those of one agent,
+    with rewards that can be compared, are the group `of(agent)`.
+    """
 
     index: int
     start_version: int
     trajectories: list[Trajectory]
     failures: list[str] = field(default_factory=list)
+    matches: list[Match] = field(default_factory=list)
+
+    def of(self, agent: str) -> Group:
+        """One agent's part of a group of matches.
+
+        Raises:
+            InvalidInput: there is no such agent.
+        """
+        if self.matches and agent not in self.matches[0].trajectories:
+            agents = ", ".join(self.matches[0].trajectories)
+            raise InvalidInput(f"no agent {agent!r} in these matches; there are {agents}")
+        own = [match.trajectories[agent] for match in self.matches]
+        return Group(self.index, self.start_version, own, self.failures)
 
     @property
     def rewards(self) -> np.ndarray:
+        """Returns `[G]`, float64.
+
+        Raises:
+            InvalidInput: in a group of matches.
+        """
+        if self.matches:
+            raise InvalidInput("every agent of a match has its own reward: take group.of(agent)")
         return np.array([t.reward for t in self.trajectories])
 
     @property
     def oldest_version(self) -> int:
-        """Of any token; the version at issue when nothing was sampled."""
-        versions = [t.oldest_version for t in self.trajectories if t.oldest_version >= 0]
+        """Of any token, in matches of any that a live policy sampled: a frozen opponent does not
+        age. The version at issue when there is none."""
+        played = self.matches or self.trajectories
+        versions = [one.oldest_version for one in played if one.oldest_version >= 0]
         return min(versions, default=self.start_version)
 
+    def __len__(self) -> int:
+        """G, without the episodes that failed."""
+        return len(self.matches or self.trajectories)
 
-PlayEpisode = Callable[[int, int], Awaitable[Trajectory]]
-"""`(group index, member) -> trajectory`."""
+
+PlayEpisode = Callable[[int, int], Awaitable[Trajectory | Match]]
+"""`(group index, member) -> trajectory`, or match."""
 
 
 async def play_group(play: PlayEpisode, index: int, start_version: int, group_size: int) -> Group:
-    """Play a group's episodes at once. An episode that fails is left out and reported."""
+    """Play a group's episodes or matches at once. One that fails is left out and reported."""
     outcomes = await asyncio.gather(
         *(play(index, member) for member in range(group_size)), return_exceptions=True
     )
-    trajectories, failures = [], []
+    trajectories, matches, failures = [], [], []
     for outcome in outcomes:
         if isinstance(outcome, Trajectory):
             trajectories.append(outcome)
+        elif isinstance(outcome, Match):
+            matches.append(outcome)
         elif isinstance(outcome, EnvironmentFailure | Unavailable):
             failures.append(str(outcome))
         else:
             raise outcome
-    return Group(index, start_version, trajectories, failures)
+    return Group(index, start_version, trajectories, failures, matches)
 
 
 def has_signal(group: Group) -> bool:
-    """Whether the group's rewards differ, so that its advantages are not all zero."""
+    """Whether the group's rewards differ, so that its advantages are not all zero; in matches,
+    those of any agent with a live policy (of any at all, where there is none)."""
+    if group.matches:
+        first = group.matches[0]
+        return any(has_signal(group.of(agent)) for agent in first.live or first.trajectories)
     return len(group.trajectories) > 1 and bool(np.ptp(group.rewards) > 0)
 
 
@@ -231,7 +267,7 @@ class Rollouts:
         self.on_group(group)
         self.counts.failed_episodes += len(group.failures)
         self._failures_in_a_row += len(group.failures)
-        if group.trajectories:
+        if len(group):
             self._failures_in_a_row = 0
         elif self._failures_in_a_row >= self.max_failures_in_a_row:
             raise RolloutFailure(
@@ -240,7 +276,7 @@ class Rollouts:
             )
         if self._version - group.oldest_version > self.max_staleness:
             self.counts.dropped_stale += 1
-        elif not group.trajectories:
+        elif not len(group):
             self.counts.dropped_no_signal += 1
         elif not self.keep(group) and self._replaced < self.max_replaced:
             self.counts.dropped_no_signal += 1

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from .core import Env
     from .episode import EpisodeLimits, EpisodeSpec, play_episode
     from .isolation import EnvPool
+    from .match import MatchSpec, play_match
+    from .multi_agent import MultiAgentEnv
     from .registry import make, names, register
     from .renderer import ChatRenderer, Conversation
+    from .scripted import Scripted
     from .text_stream import TextStream
     from .tools import ToolEnv, ToolSet
 
@@ -25,6 +28,9 @@ _HOME_OF = {
     "EnvPool": "isolation",
     "EpisodeLimits": "episode",
     "EpisodeSpec": "episode",
+    "MatchSpec": "match",
+    "MultiAgentEnv": "multi_agent",
+    "Scripted": "scripted",
     "TextStream": "text_stream",
     "ToolEnv": "tools",
     "ToolSet": "tools",
@@ -32,6 +38,7 @@ _HOME_OF = {
     "make": "registry",
     "names": "registry",
     "play_episode": "episode",
+    "play_match": "match",
     "register": "registry",
 }
 

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ..primitives.errors import InvalidInput, NotFound
-from .core import Env, checked_reset, checked_step
+from .game import Game
+from .multi_agent import Transition
 from .registry import EnvFactory, construct, find
 
 MAX_REPLY_BYTES = 16 << 20
@@ -190,7 +191,7 @@ class _Server:
 
 
 class _Episode:
-    """One environment, answering its worker's requests until the worker hangs up."""
+    """One match, answering its worker's requests until the worker hangs up."""
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class _Episode:
         self.name = name
         self.factory = factory
         self.load_failure = load_failure
-        self.env: Env = Env()
+        self.game: Game
         self.loop: Any = None
 
     def run(self) -> None:
@@ -211,6 +212,7 @@ class _Episode:
             "make": self._make,
             "reset": self._reset,
             "step": self._step,
+            "forfeit": self._forfeit,
             "close": self._close,
         }
         method = "make"
@@ -228,7 +230,13 @@ class _Episode:
                 body = json.dumps(_failure(method, error)).encode()
             send_frame(self.connection, body)
 
-    def _make(self, kwargs: dict[str, Any], memory_bytes: int | None) -> dict[str, Any]:
+    def _make(
+        self,
+        kwargs: dict[str, Any],
+        memory_bytes: int | None,
+        scripts: dict[str, bytes],
+        max_turns: int | None,
+    ) -> dict[str, Any]:
         if self.factory is None:
             return self.load_failure
         if memory_bytes is not None:
@@ -237,23 +245,17 @@ class _Episode:
             self.env = construct(self.name, self.factory, kwargs)
         except (InvalidInput, NotFound) as error:
             return _failure("load", error)
-        return {"tools": getattr(self.env, "tool_schemas", None)}
+        self.game = Game(self.env, scripts, max_turns, self._settle)
+        return {"agents": self.game.agents, "tools": self.game.tools}
 
     def _reset(self, seed: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
-        result = self._settle(self.env.reset(seed=seed, options=options))
-        messages, info = checked_reset(result)
-        return {"messages": messages, "info": info}
+        return _told(self.game.reset(seed, options))
 
-    def _step(self, action: str) -> dict[str, Any]:
-        result = self._settle(self.env.step(action))
-        messages, reward, terminated, truncated, info = checked_step(result)
-        return {
-            "messages": messages,
-            "reward": reward,
-            "terminated": terminated,
-            "truncated": truncated,
-            "info": info,
-        }
+    def _step(self, actions: dict[str, str]) -> dict[str, Any]:
+        return _told(self.game.step(actions))
+
+    def _forfeit(self, failures: dict[str, str]) -> dict[str, Any]:
+        return _told(self.game.forfeit(failures))
 
     def _close(self) -> dict[str, Any]:
         self._settle(self.env.close())
@@ -272,6 +274,10 @@ class _Episode:
             return await value
 
         return self.loop.run_until_complete(settle())
+
+
+def _told(transitions: list[Transition]) -> dict[str, Any]:
+    return {"transitions": [vars(transition) for transition in transitions]}
 
 
 def _failure(phase: str, error: BaseException) -> dict[str, Any]:

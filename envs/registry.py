@@ -18,8 +18,9 @@ from typing import Any, TypeVar, overload
 
 from ..primitives.errors import InvalidInput, NotFound
 from .core import Env
+from .multi_agent import MultiAgentEnv
 
-EnvFactory = Callable[..., Env]
+EnvFactory = Callable[..., Env | MultiAgentEnv]
 F = TypeVar("F", bound=EnvFactory)
 
 ENTRY_POINT_GROUP = "tinsmith.envs"
@@ -101,7 +102,7 @@ def _imported(path: str) -> EnvFactory:
     return factory
 
 
-def make(name: str, **kwargs: Any) -> Env:
+def make(name: str, **kwargs: Any) -> Env | MultiAgentEnv:
     """A new environment, in this process.
 
     Raises:
@@ -111,7 +112,7 @@ def make(name: str, **kwargs: Any) -> Env:
     return construct(name, find(name), kwargs)
 
 
-def construct(name: str, factory: EnvFactory, kwargs: dict[str, Any]) -> Env:
+def construct(name: str, factory: EnvFactory, kwargs: dict[str, Any]) -> Env | MultiAgentEnv:
     """Call the factory, refusing arguments that its signature does not have."""
     try:
         inspect.signature(factory).bind(**kwargs)
