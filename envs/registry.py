@@ -4,7 +4,8 @@
     class Guess(tinsmith.envs.Env): ...
 
 `make("guess")` finds, in this order: names registered in this process; bundled ones; entry points
-of the group `tinsmith.envs`; `gymnasium:<id>`; `package.module:Class`.
+of the group `tinsmith.envs`; `gymnasium:<id>`, `pettingzoo:<module>`, `textarena:<id>`;
+`package.module:Class`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,14 @@ def find(name: str) -> EnvFactory:
         from .gymnasium_adapter import find_gymnasium
 
         return find_gymnasium(name.removeprefix("gymnasium:"))
+    if name.startswith("pettingzoo:"):
+        from .pettingzoo_adapter import find_pettingzoo
+
+        return find_pettingzoo(name.removeprefix("pettingzoo:"))
+    if name.startswith("textarena:"):
+        from .textarena_adapter import find_textarena
+
+        return find_textarena(name.removeprefix("textarena:"))
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return point.load()
     if ":" in name:
