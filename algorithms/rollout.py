@@ -121,7 +121,7 @@ class Rollouts:
     """An async context manager around the group tasks; leaving it cancels those under way.
 
     Args:
-        play: plays one episode.
+        play: plays one episode or match.
         groups_per_step: groups in a batch.
         group_size: episodes in a group.
         max_staleness: largest `learner version - version of the oldest token` trained on.

@@ -3,7 +3,6 @@ is, and either with the agents that scripts play."""
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -83,11 +82,11 @@ class _Many:
 
 
 class _ScriptedAgent:
-    """One match's copy of a script, and the conversation that it sees."""
+    """A script, and the conversation that it sees."""
 
-    def __init__(self, agent: str, pickled: bytes) -> None:
+    def __init__(self, agent: str, script: Script) -> None:
         self.agent = agent
-        self.script: Script = pickle.loads(pickled)
+        self.script = script
         self.messages: list[Message] = []
         self.turns = 0
 
@@ -111,7 +110,7 @@ class Game:
 
     Args:
         env: what is played.
-        scripts: by agent, what plays it here, pickled.
+        scripts: by agent, what plays it here.
         max_turns: turns after which a script is not asked again.
         settle: how to await.
     """
@@ -119,7 +118,7 @@ class Game:
     def __init__(
         self,
         env: Env | MultiAgentEnv,
-        scripts: Mapping[str, bytes],
+        scripts: Mapping[str, Script],
         max_turns: int | None,
         settle: Settle,
     ) -> None:

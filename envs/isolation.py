@@ -23,7 +23,6 @@ from ..primitives.errors import EnvironmentFailure, InvalidInput, NotFound
 from ..primitives.types import Message
 from .fork_server import HEADER, EnvSource
 from .multi_agent import Transition
-from .scripted import Scripted
 
 LOAD_SECONDS = 60.0
 """How long importing an environment's module may take; once, not per episode."""
@@ -69,7 +68,6 @@ class EnvPool:
         source: EnvSource,
         kwargs: Mapping[str, Any],
         *,
-        scripts: Mapping[str, Scripted] | None = None,
         max_turns: int | None = None,
         step_seconds: float = 30.0,
         memory_bytes: int | None = 2 << 30,
@@ -78,9 +76,8 @@ class EnvPool:
         that it started.
 
         Args:
-            source: which environment.
+            source: which environment, and the agents that are played in its process.
             kwargs: what it is made with.
-            scripts: the agents that are played there, in its process.
             max_turns: turns after which a script is not asked again.
             step_seconds: how long making it, `reset` and each `step` may take.
             memory_bytes: of its process, above which allocations fail; None: unlimited.
@@ -96,7 +93,7 @@ class EnvPool:
             try:
                 process = await server.fork(step_seconds)
                 try:
-                    await process.make(dict(kwargs), scripts or {}, max_turns, memory_bytes)
+                    await process.make(dict(kwargs), max_turns, memory_bytes)
                     server.loaded = True
                     yield process
                     await process.close()
@@ -149,7 +146,10 @@ class _Server:
     def __init__(self, source: EnvSource) -> None:
         self.users = 0
         self.loaded = False
-        self.name = source.name
+        self.where = f"environment {source.name!r}"
+        if source.scripts:
+            played = ", ".join(f"{agent!r} by {script!r}" for agent, script in source.scripts)
+            self.where += f" (where {played} is played)"
         self.control, theirs = socket.socketpair()
         module = f"{__package__}.fork_server"
         arguments = [json.dumps([str(path) for path in sys.path]), module, str(theirs.fileno())]
@@ -192,8 +192,7 @@ class _Server:
             await asyncio.to_thread(self.process.wait, 1.0)
         doing = "plays its episodes" if self.loaded else "imports it"
         return EnvironmentFailure(
-            f"environment {self.name!r}: the process that {doing} "
-            f"{_describe_exit(self.process.returncode)}"
+            f"{self.where}: the process that {doing} {_describe_exit(self.process.returncode)}"
         )
 
 
@@ -213,26 +212,17 @@ class EnvProcess:
         self.step_seconds = step_seconds
         self.memory_bytes: int | None = None
         self.steps = 0
-        self.where = f"environment {server.name!r}"
         self.agents: list[str] = []
         self.tools: dict[str, list[dict[str, Any]] | None] = {}
 
     async def make(
-        self,
-        kwargs: dict[str, Any],
-        scripts: Mapping[str, Scripted],
-        max_turns: int | None,
-        memory_bytes: int | None,
+        self, kwargs: dict[str, Any], max_turns: int | None, memory_bytes: int | None
     ) -> None:
         self.memory_bytes = memory_bytes
-        if scripts:
-            played = ", ".join(f"{agent!r} by {script!r}" for agent, script in scripts.items())
-            self.where += f" (where {played} is played)"
         # The first episodes of an environment wait for its module to be imported.
         seconds = self.step_seconds if self.server.loaded else LOAD_SECONDS
         request = {
             "kwargs": kwargs,
-            "scripts": {agent: script.pickled for agent, script in scripts.items()},
             "max_turns": max_turns,
             "memory_bytes": memory_bytes,
         }
@@ -290,7 +280,7 @@ class EnvProcess:
         self.writer.transport.abort()
 
     async def _call(self, method: str, arguments: dict[str, Any], seconds: float) -> dict[str, Any]:
-        where = self.where
+        where = self.server.where
         doing = f"step {self.steps}" if method == "step" else method
         try:
             async with asyncio.timeout(seconds):

@@ -70,15 +70,13 @@ class MatchSpec:
                 self._params(agent)
             policies[agent] = bound
         object.__setattr__(self, "policies", policies)
-        object.__setattr__(self, "source", EnvSource(self.env, pickled_factory(self.env)))
-
-    @property
-    def scripts(self) -> dict[str, Scripted]:
-        return {a: policy for a, policy in self.policies.items() if isinstance(policy, Scripted)}
+        scripts = [(a, policy) for a, policy in policies.items() if isinstance(policy, Scripted)]
+        source = EnvSource(self.env, pickled_factory(self.env), tuple(scripts))
+        object.__setattr__(self, "source", source)
 
     @property
     def samplers(self) -> dict[str, SamplingClient]:
-        """The other agents' policies."""
+        """The policies of the agents that no script plays."""
         return {a: p for a, p in self.policies.items() if not isinstance(p, Scripted)}
 
     def seat(self, agent: str, renderer: ChatRenderer) -> Seat:
@@ -120,4 +118,4 @@ async def play_match(
             )
         return {agent: spec.seat(agent, renderer_of(agent)) for agent in spec.samplers}
 
-    return await play(pool, spec, seats, spec.scripts)
+    return await play(pool, spec, seats)

@@ -17,7 +17,6 @@ from ..primitives.types import Match, Message, SampledSequence, SamplingParams, 
 from .isolation import EnvPool, EnvProcess
 from .multi_agent import Transition
 from .renderer import ChatRenderer, Conversation
-from .scripted import Scripted
 
 if TYPE_CHECKING:
     from .episode import EpisodeLimits
@@ -57,9 +56,7 @@ Seats = Callable[[Sequence[str]], Mapping[str, Seat]]
 """The seats of a game's agents, without those that scripts play; raises where they do not fit."""
 
 
-async def play(
-    pool: EnvPool, spec: Spec, seats: Seats, scripts: Mapping[str, Scripted] | None = None
-) -> Match:
+async def play(pool: EnvPool, spec: Spec, seats: Seats) -> Match:
     """Play one match to its end; every trajectory's `info` is its agent's last one with `turns`
     added.
 
@@ -76,7 +73,6 @@ async def play(
             pool.open(
                 spec.source,
                 spec.env_kwargs,
-                scripts=scripts,
                 max_turns=limits.max_turns,
                 step_seconds=limits.step_seconds,
                 memory_bytes=limits.memory_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,30 +17,37 @@ Script: TypeAlias = "Callable[[list[Message], Random], str | Awaitable[str]]"
 generator seeded by the match's seed and the agent's name."""
 
 
+@dataclass(frozen=True, init=False)
 class Scripted:
     """An agent played by a function, plain or `async`: `Scripted(lambda messages, rng: "rock")`.
 
     The function travels with the match, by value where it must, and plays in the environment's
-    own process: it may block, and when it raises or hangs it costs its match alone. A callable
-    object may keep state: every match has a fresh copy.
+    own process: it may block, and when it raises or hangs it costs its match alone. What it
+    imports is imported once, not per match. A callable object may keep state: every match has a
+    fresh copy.
 
     Raises:
         InvalidInput: not callable, or it holds something that cannot be sent to another process.
     """
+
+    name: str
+    pickled: bytes
 
     def __init__(self, script: Script) -> None:
         import cloudpickle
 
         if not callable(script):
             raise InvalidInput(f"a script must be a function of (messages, rng), got {script!r}")
-        self.name = getattr(script, "__name__", type(script).__name__)
+        name = getattr(script, "__name__", type(script).__name__)
         try:
-            self.pickled: bytes = cloudpickle.dumps(script)
+            pickled = cloudpickle.dumps(script)
         except Exception as error:
             raise InvalidInput(
-                f"script {self.name!r} cannot be sent to its match: {error}; keep locks, "
+                f"script {name!r} cannot be sent to its match: {error}; keep locks, "
                 "connections and files out of it"
             ) from error
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "pickled", pickled)
 
     def __repr__(self) -> str:
         return f"Scripted({self.name})"

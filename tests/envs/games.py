@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 
 from tinsmith.envs import MultiAgentEnv, ToolSet
@@ -158,3 +159,10 @@ class Remembers:
     def __call__(self, messages, rng):
         self.calls += 1
         return f"{self.calls} of {len(messages)}"
+
+
+def any_legal(messages, rng):
+    """Any of the moves that an adapter's last message says are legal."""
+    told = messages[-1]["content"]
+    listed = told.rpartition("Available" if "Available" in told else "one of")[2]
+    return rng.choice(re.findall(r"\d+", listed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -299,6 +300,12 @@ async def test_a_game_that_breaks_the_interface_fails_its_match(play):
 @pytest.mark.parametrize("game", ["Longest", "Countdown", "Knockout", "Workshop"])
 def test_sound_games_pass(game):
     check_env(f"{GAMES}:{game}", actions=["hello", "1", "add(2, 3)"])
+
+
+def test_the_guides_game_is_a_sound_one():
+    guide = (Path(tinsmith.__file__).parent / "docs" / "multi_agent.md").read_text()
+    exec(guide.split("```python\n")[1].split("```")[0], {"__name__": "guide"})
+    check_env("higher")
 
 
 def test_a_game_without_its_methods_is_told_so():

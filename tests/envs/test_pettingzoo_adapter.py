@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-import re
-
 import numpy as np
 import pytest
 
+from tests.envs.games import any_legal
 from tests.envs.scripted import Scripted as Policy
 from tests.tiny import tiny_tokenizer
 from tinsmith.envs import (
@@ -18,9 +16,8 @@ from tinsmith.envs import (
     check_env,
     make,
     play_match,
-    register,
 )
-from tinsmith.primitives.errors import EnvironmentFailure, InvalidInput, NotFound
+from tinsmith.primitives.errors import InvalidInput, NotFound
 from tinsmith.primitives.types import Match
 
 TICTACTOE = "pettingzoo:classic.tictactoe_v3"
@@ -32,10 +29,6 @@ PLAYERS = ("player_1", "player_2")
 async def pool():
     async with EnvPool() as pool:
         yield pool
-
-
-def any_legal(messages, rng: random.Random) -> str:
-    return rng.choice(re.findall(r"\d+", messages[-1]["content"].rpartition("one of")[2]))
 
 
 def says(*texts: str):
@@ -74,56 +67,56 @@ async def test_a_parallel_game_is_played_at_the_same_time(pool):
     assert segment.mask.any()
 
 
-async def test_an_illegal_move_is_answered_and_too_many_forfeit(pool):
-    patient = {"player_1": says("nine", "77", "4", "0"), "player_2": Scripted(any_legal)}
-    played = await match(pool, TICTACTOE, patient)
-    told = [m["content"] for m in played.trajectories["player_1"].messages if m["role"] == "user"]
-    assert told[1].startswith("That is not a legal action: answer with a number, one of 0, 1")
-    assert told[2] == "That is not a legal action: '77' is not one of the legal ones."
-    stubborn = {"player_1": says("4"), "player_2": Scripted(any_legal)}
-    lost = await match(pool, TICTACTOE, stubborn)
-    assert lost.rewards == {"player_1": -1.0, "player_2": 0.0}
-    assert "player_1 forfeits: 3 illegal" in lost.trajectories["player_2"].messages[-1]["content"]
+def test_an_illegal_move_is_answered_and_too_many_forfeit():
+    game = make(TICTACTOE)
+    game.reset(seed=0)
+    told, rewards, *_, infos = game.step({"player_1": "nine"})
+    assert told["player_1"].startswith("That is not a legal action: answer with a number, one of 0")
+    assert rewards == {}
+    assert infos == {"player_1": {"illegal_action": True}}
+    told, *_ = game.step({"player_1": "77"})
+    assert told == {"player_1": "That is not a legal action: '77' is not one of the legal ones."}
+    observations, *_ = game.step({"player_1": "4"})
+    assert list(observations) == ["player_2"]
+    for _ in range(3):
+        told, rewards, terminations, *_ = game.step({"player_2": "4"})
+    assert rewards == {"player_2": -1.0}
+    assert all(terminations.values())
+    assert told["player_1"] == "player_2 forfeits: 3 illegal actions in a row"
 
 
-async def test_in_a_parallel_game_the_others_action_waits_for_a_legal_one(pool):
-    policies = {"player_0": says("paper", "1"), "player_1": says("0")}
-    played = await match(pool, RPS, policies, env_kwargs={"max_cycles": 2})
-    assert played.rewards == {"player_0": 2.0, "player_1": -2.0}
-    assert [t.info["turns"] for t in played.trajectories.values()] == [3, 2]
+def test_in_a_parallel_game_the_others_action_waits_for_a_legal_one():
+    game = make(RPS)
+    game.reset(seed=0)
+    told, *_ = game.step({"player_0": "paper", "player_1": "0"})
+    assert list(told) == ["player_0"]
+    _, rewards, *_ = game.step({"player_0": "1"})
+    assert rewards == {"player_0": 1.0, "player_1": -1.0}
 
 
 def a_chess_position(observation, agent: str) -> str:
     return f"{agent}, {int(observation['action_mask'].sum())} moves"
 
 
-def first_move(text: str, agent: str) -> int:
+def digits(text: str, agent: str) -> int:
     if not text.isdigit():
         raise ValueError("write digits")
     return int(text)
 
 
-async def test_what_is_no_text_needs_words_of_the_users(pool):
+def test_what_is_no_text_needs_words_of_the_users():
+    chess = "pettingzoo:classic.chess_v6"
     with pytest.raises(
-        EnvironmentFailure, match=r"shape \(8, 8, 111\): give describe\(observation"
+        InvalidInput, match=r"shape \(8, 8, 111\): give describe\(observation, agent"
     ):
-        await match(pool, "pettingzoo:classic.chess_v6", {
-            "player_0": says("1"), "player_1": says("1")})  # fmt: skip
-
-    def described():
-        return make(
-            "pettingzoo:classic.chess_v6",
-            describe=a_chess_position,
-            parse=first_move,
-            max_illegal=2,
-        )
-
-    register("chess-in-words", described)
-    played = await match(pool, "chess-in-words", {"player_0": says("e4"), "player_1": says("e5")})
-    said = [m["content"] for m in played.trajectories["player_0"].messages]
-    assert said[0] == "player_0, 20 moves"
-    assert said[2] == "That is not a legal action: write digits."
-    assert played.rewards == {"player_0": -1.0, "player_1": 0.0}
+        make(chess).reset(seed=0)
+    game = make(chess, describe=a_chess_position, parse=digits)
+    assert game.reset(seed=0)[0] == {"player_0": "player_0, 20 moves"}
+    told, *_ = game.step({"player_0": "e4"})
+    assert told == {"player_0": "That is not a legal action: write digits."}
+    legal = game.legal["player_0"][0]
+    observations, *_ = game.step({"player_0": str(legal)})
+    assert observations == {"player_1": "player_1, 20 moves"}
 
 
 def test_games_keep_to_the_interface():
@@ -132,8 +125,8 @@ def test_games_keep_to_the_interface():
 
 
 def test_what_cannot_be_made_says_why():
-    with pytest.raises(NotFound, match="PettingZoo has no module 'classic.tictactoe_v99'"):
+    with pytest.raises(NotFound, match=r"PettingZoo has no module 'classic\.tictactoe_v99'"):
         make("pettingzoo:classic.tictactoe_v99")
-    with pytest.raises(InvalidInput, match="cannot be made with {'size': 3}"):
+    with pytest.raises(InvalidInput, match=r"cannot be made with \{'size': 3\}"):
         make(TICTACTOE, size=3)
     assert np.ndim(make(RPS).possible_agents) == 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import re
 
 import pytest
 
+from tests.envs.games import any_legal
 from tests.envs.scripted import Scripted as Policy
 from tests.tiny import tiny_tokenizer
 from tinsmith.envs import (
@@ -38,14 +38,6 @@ def renderer() -> ChatRenderer:
     return ChatRenderer(tiny_tokenizer(), max_context=4096)
 
 
-def any_legal(messages, rng: random.Random) -> str:
-    return rng.choice(re.findall(r"'(\[\d\])'", messages[-1]["content"].rpartition("Available")[2]))
-
-
-def move(number: int):
-    return lambda messages, rng: f"[{number}]"
-
-
 async def match(pool, env, policies, **spec) -> Match:
     return await play_match(pool, lambda agent: None, MatchSpec(env, policies, **spec))
 
@@ -69,19 +61,30 @@ async def test_an_agent_is_told_what_happened_since_it_last_acted_and_not_what_i
     first = played.trajectories["player_0"].messages
     assert first[0]["content"].startswith("[GAME] You are Player 0 in Tic Tac Toe.")
     assert "You are Player 0" not in first[2]["content"]
-    assert f"[Player 0] {first[1]['content']}" not in first[2]["content"]
+    assert f"[Player 0] [{first[1]['content']}]" not in first[2]["content"]
     answer = played.trajectories["player_1"].messages[1]["content"]
-    assert f"[Player 1] {answer}" in first[2]["content"]
+    assert f"[Player 1] [{answer}]" in first[2]["content"]
 
 
-async def test_invalid_moves_are_judged_by_the_game(pool):
-    scripts = {"player_0": Scripted(move(4)), "player_1": Scripted(any_legal)}
-    played = await match(pool, TICTACTOE, scripts)
-    loser, winner = (played.trajectories[agent] for agent in PLAYERS)
-    assert played.rewards == {"player_0": -1.0, "player_1": 1.0}
-    assert loser.info["invalid_move"]
-    assert "attempted an invalid move" in loser.messages[-2 if winner.messages else -1]["content"]
-    assert loser.info["turns"] == 3
+def test_invalid_moves_are_judged_by_the_game():
+    game = make(TICTACTOE)
+    game.reset(seed=0)
+    game.step({"player_0": "[4]"})
+    observations, rewards, *_ = game.step({"player_1": "[4]"})
+    assert "attempted an invalid move" in observations["player_1"][0]["content"]
+    assert rewards == {}
+    _, rewards, terminations, _, infos = game.step({"player_1": "my move is [4]"})
+    assert rewards == {"player_0": 1.0, "player_1": -1.0}
+    assert all(terminations.values())
+    assert infos["player_1"]["invalid_move"]
+
+
+def test_an_agent_that_cannot_act_loses_to_its_one_opponent():
+    game = make(TICTACTOE)
+    game.reset(seed=0)
+    _, rewards, terminations, *_ = game.forfeit({"player_0": "its context is full"})
+    assert rewards == {"player_0": -1.0, "player_1": 1.0}
+    assert all(terminations.values())
 
 
 async def test_policies_play_with_their_own_tokens(pool, renderer):
@@ -114,14 +117,14 @@ async def test_other_games_are_played_too(pool):
 
     played = await match(pool, "textarena:KuhnPoker-v0", dict.fromkeys(PLAYERS, Scripted(bets)))
     assert sorted(played.rewards.values()) in ([-1.0, 1.0], [0.0, 0.0])
-    trained = await match(
-        pool, "textarena:TicTacToe-v0-train", dict.fromkeys(PLAYERS, Scripted(any_legal))
-    )
-    assert all(
-        "You are Player" in m["content"]
-        for m in trained.trajectories["player_0"].messages[:-1]
-        if m["role"] == "user"
-    )
+
+
+def test_a_game_whose_wrappers_show_it_in_another_way_is_shown_that_way():
+    game = make("textarena:TicTacToe-v0-train")
+    observations, _ = game.reset(seed=0)
+    for agent, action in (("player_0", "[0]"), ("player_1", "[1]"), ("player_0", "[2]")):
+        assert "in Tic Tac Toe" in observations[agent][0]["content"]
+        observations, *_ = game.step({agent: action})
 
 
 def test_the_fewest_players_are_found_and_others_may_be_asked_for():
@@ -138,5 +141,5 @@ def test_games_keep_to_the_interface():
 def test_what_cannot_be_made_says_why():
     with pytest.raises(NotFound, match="TextArena has no such game"):
         make("textarena:Chess3D-v0")
-    with pytest.raises(InvalidInput, match="cannot be made with {'size': 3}"):
+    with pytest.raises(InvalidInput, match=r"cannot be made with \{'size': 3\}"):
         make(TICTACTOE, size=3)
