@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import operator
 import random
 import re
@@ -36,7 +37,6 @@ from tinsmith.algorithms.rollout import Group, Rollouts
 from tinsmith.envs import ChatRenderer
 
 PLAYERS = ("player_0", "player_1")  # player_0 moves first
-WARM_UP_GAMES = 128
 
 
 def piles_of(messages: list[dict[str, Any]]) -> list[int]:
@@ -142,15 +142,18 @@ def main(
         "HuggingFaceTB/SmolLM2-135M-Instruct"
     ),
     steps: int = 24,
-    piles: Annotated[str, typer.Option(help="sizes, as in '3 4 5'")] = "2 3",
+    minutes: Annotated[float, typer.Option(help="train no longer than this")] = math.inf,
+    piles: Annotated[str, typer.Option(help="sizes, as in '3 4 5'")] = "1 3",
     groups_per_step: int = 8,
     group_size: int = 8,
     max_staleness: Annotated[int, typer.Option(help="0: strictly on-policy")] = 0,
     join_every: Annotated[int, typer.Option(help="steps between new members")] = 6,
     self_play: Annotated[float, typer.Option(help="share of games against itself")] = 0.5,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
     rank: int = 16,
+    warm_up_games: Annotated[int, typer.Option(help="of random moves, to imitate")] = 128,
     warm_up_steps: int = 6,
+    warm_up_learning_rate: float = 1e-3,
     eval_games: Annotated[int, typer.Option(help="of every pair, in both orders")] = 50,
     seed: int = 0,
     env: str = "textarena:Nim-v0",
@@ -162,8 +165,9 @@ def main(
 
 
 async def run(
-    model, steps, piles, groups_per_step, group_size, max_staleness, join_every, self_play,
-    learning_rate, rank, warm_up_steps, eval_games, seed, env, resume, out,
+    model, steps, minutes, piles, groups_per_step, group_size, max_staleness, join_every, self_play,
+    learning_rate, rank, warm_up_games, warm_up_steps,
+    warm_up_learning_rate, eval_games, seed, env, resume, out,
 ) -> dict:  # fmt: skip
     started = time.monotonic()
     env_kwargs = {"piles": [int(pile) for pile in piles.split()]}
@@ -175,7 +179,7 @@ async def run(
             training = await service.create_lora_training_client(model, rank=rank, seed=seed)
             league = League(LeagueConfig(self_play=self_play, admit_every=join_every, seed=seed))
             learner = Learner(service, training, workers, env, env_kwargs, league)
-            await warm_up(learner, warm_up_steps, learning_rate)
+            await warm_up(learner, warm_up_games, warm_up_steps, warm_up_learning_rate)
             await learner.join()
         else:
             learner = await resumed(service, workers, env, env_kwargs, resume)
@@ -191,22 +195,24 @@ async def run(
             version=(await training.get_info()).version,
             first_index=learner.step * groups_per_step,
         ) as rollouts:
-            while learner.step < steps:
+            while learner.step < steps and time.monotonic() - started < 60 * minutes:
                 batch = await rollouts.next_batch()
                 version = await learner.train(batch, learning_rate)
                 learner.step += 1
-                if learner.league.due(learner.step) or learner.step == steps:
+                if learner.league.due(learner.step):
                     await learner.join()
                 rollouts.advance(version)
                 report(learner, batch, time.monotonic() - started)
+        if learner.league.admitted_step < learner.step:
+            await learner.join()
         cross = await meet(learner, eval_games)
-    return summary(cross, model, piles, steps, time.monotonic() - started, out)
+    return summary(cross, model, piles, learner.step, time.monotonic() - started, out)
 
 
-async def warm_up(learner: Learner, steps: int, learning_rate: float) -> None:
+async def warm_up(learner: Learner, games: int, steps: int, learning_rate: float) -> None:
     script = tinsmith.Scripted(random_player)
-    games = await asyncio.gather(*(learner.play(script, script, s) for s in range(WARM_UP_GAMES)))
-    transcripts = [t.messages for game in games for t in game.trajectories.values()]
+    played = await asyncio.gather(*(learner.play(script, script, s) for s in range(games)))
+    transcripts = [t.messages for game in played for t in game.trajectories.values()]
     info = await learner.training.get_info()
     renderer = ChatRenderer.from_model(info.model_path)
     loss = await imitate(

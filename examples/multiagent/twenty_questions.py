@@ -2,8 +2,9 @@
 
 The answerer knows an animal; the asker may ask about three features of it, and guesses. The asker
 is paid for finding it in few questions, the answerer for true and short answers: neither sees the
-other's reward, but an asker learns from its questions only as fast as the answers become true.
-Both start from imitating players that ask, guess and answer at random.
+other's reward. Both start from imitating careless players: one asks and guesses at random, the
+other tells the truth two times in three. Questions pay only where answers are true, so the answerer
+has a head start: until then the asker plays, but does not learn.
 
 At the end all askers meet all answerers, from the start, the middle and the end of training. The
 last line of stdout is one JSON object.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import re
 import time
@@ -42,8 +44,8 @@ ANIMALS = {
     "rabbit": {"white"},
     "mouse": set(),
 }
-MOST_QUESTIONS = 4
-WARM_UP_GAMES = 128
+WHEN = {2: ("start", "end"), 3: ("start", "middle", "end")}
+MOST_QUESTIONS = 3
 AGENTS = ("asker", "answerer")
 RULES = (
     "I think of one of these animals: "
@@ -81,7 +83,7 @@ class TwentyQuestions(MultiAgentEnv):
             "asker": {"found": found, "questions": len(self.truths)},
             "answerer": {"truths": self.truths},
         }
-        rewards = {"asker": found * (1 - 0.1 * len(self.truths))}
+        rewards = {"asker": found * (1 - 0.02 * len(self.truths))}
         return {}, rewards, dict.fromkeys(AGENTS, True), {}, infos
 
     def answered(self, text: str):
@@ -100,8 +102,12 @@ def random_asker(messages, rng: random.Random) -> str:
     return rng.choice(list(ANIMALS))
 
 
-def random_answerer(messages, rng: random.Random) -> str:
-    return rng.choice(["yes", "no"])
+def careless_answerer(messages, rng: random.Random) -> str:
+    """True two times in three."""
+    (animal,) = re.findall("You are the ([a-z]+)", messages[0]["content"])
+    feature = messages[-1]["content"].split()[-1].removesuffix("?")
+    true = rng.random() < 2 / 3
+    return "yes" if (feature in ANIMALS[animal]) == true else "no"
 
 
 def turn_datums(trajectory: tinsmith.Trajectory, advantages: np.ndarray) -> list[tinsmith.Datum]:
@@ -126,12 +132,16 @@ def main(
         "HuggingFaceTB/SmolLM2-135M-Instruct"
     ),
     steps: int = 24,
+    minutes: Annotated[float, typer.Option(help="train no longer than this")] = math.inf,
     groups_per_step: Annotated[int, typer.Option(help="animals per step")] = 8,
     group_size: Annotated[int, typer.Option(help="games per animal")] = 6,
+    head_start: Annotated[int, typer.Option(help="first steps, of the answerer alone")] = 4,
     max_staleness: Annotated[int, typer.Option(help="0: strictly on-policy")] = 0,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
     rank: int = 16,
+    warm_up_games: Annotated[int, typer.Option(help="of scripts, to imitate")] = 128,
     warm_up_steps: int = 6,
+    warm_up_learning_rate: float = 1e-3,
     eval_games: Annotated[int, typer.Option(help="of every asker with every answerer")] = 100,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="folder for the picture")] = None,
@@ -142,8 +152,8 @@ def main(
 
 
 async def run(
-    model, steps, groups_per_step, group_size, max_staleness, learning_rate, rank, warm_up_steps,
-    eval_games, seed, out,
+    model, steps, minutes, groups_per_step, group_size, head_start, max_staleness, learning_rate, rank, warm_up_games, warm_up_steps,
+    warm_up_learning_rate, eval_games, seed, out,
 ) -> dict:  # fmt: skip
     tinsmith.envs.register("twenty-questions", TwentyQuestions)
     started = time.monotonic()
@@ -160,9 +170,9 @@ async def run(
 
             scripts = {
                 "asker": tinsmith.Scripted(random_asker),
-                "answerer": tinsmith.Scripted(random_answerer),
+                "answerer": tinsmith.Scripted(careless_answerer),
             }
-            games = await asyncio.gather(*(play(scripts, s, s) for s in range(WARM_UP_GAMES)))
+            games = await asyncio.gather(*(play(scripts, s, s) for s in range(warm_up_games)))
             for agent, training in runs.items():
                 transcripts = [game.trajectories[agent].messages for game in games]
                 loss = await imitate(
@@ -170,7 +180,7 @@ async def run(
                     renderer,
                     transcripts,
                     steps=warm_up_steps,
-                    learning_rate=learning_rate,
+                    learning_rate=warm_up_learning_rate,
                 )
                 print(f"{agent} imitates random play: {loss:.2f} nats a token", flush=True)
             snapshots = {agent: [await snapshot(runs[agent])] for agent in AGENTS}
@@ -190,23 +200,28 @@ async def run(
                 max_replaced=0,
                 version=version,
             ) as rollouts:
-                for step in range(1, steps + 1):
+                step = 0
+                while step < steps and time.monotonic() - started < 60 * minutes:
                     batch = await rollouts.next_batch()
-                    version = await train(runs, batch, learning_rate)
+                    rates = {"asker": learning_rate * (step >= head_start)}
+                    version = await train(runs, batch, rates | {"answerer": learning_rate})
                     rollouts.advance(version)
-                    if step in (steps // 2, steps):
+                    step += 1
+                    if step == steps // 2:
                         for agent in AGENTS:
                             snapshots[agent].append(await snapshot(runs[agent]))
                     report(step, batch, time.monotonic() - started)
+            for agent in AGENTS:
+                snapshots[agent].append(await snapshot(runs[agent]))
             cross, truths = await meet(play, snapshots, eval_games)
-    return summary(cross, truths, model, steps, time.monotonic() - started, out)
+    return summary(cross, truths, model, step, time.monotonic() - started, out)
 
 
 async def snapshot(training: tinsmith.TrainingClient) -> tinsmith.SamplingClient:
     return await training.save_weights_and_get_sampling_client()
 
 
-async def train(runs, batch, learning_rate: float) -> int:
+async def train(runs, batch, learning_rates: dict[str, float]) -> int:
     """One step of both runs, at the same time; their version after it."""
     data: dict[str, list[tinsmith.Datum]] = {agent: [] for agent in AGENTS}
     games = sum(len(group) for group in batch)
@@ -220,12 +235,12 @@ async def train(runs, batch, learning_rate: float) -> int:
             if trajectory.segments:
                 advantages = (np.array(trajectory.rewards) - np.mean(answers)) / games
                 data["answerer"] += turn_datums(trajectory, advantages)
-    adam = tinsmith.AdamParams(learning_rate, grad_clip_norm=1.0)
-    for agent in AGENTS:
-        if data[agent]:
+    steps = []
+    for agent, rate in learning_rates.items():
+        if data[agent] and rate > 0:
             runs[agent].forward_backward(data[agent], "cispo", logprobs="loss")
-    steps = await asyncio.gather(*(runs[agent].optim_step(adam) for agent in AGENTS))
-    return steps[0].version
+        steps.append(runs[agent].optim_step(tinsmith.AdamParams(rate, grad_clip_norm=1.0)))
+    return (await asyncio.gather(*steps))[0].version
 
 
 def report(step: int, batch, seconds: float) -> None:
@@ -250,7 +265,7 @@ async def meet(play, snapshots, games: int) -> tuple[CrossPlay, dict[str, list[b
     players = {
         f"{agent} {when}": policy
         for agent in AGENTS
-        for when, policy in zip(("start", "middle", "end"), snapshots[agent], strict=True)
+        for when, policy in zip(WHEN[len(snapshots[agent])], snapshots[agent], strict=True)
     }
     truths: dict[str, list[bool]] = {name: [] for name in players}
 

@@ -1,7 +1,7 @@
 """Before reinforcement can choose among moves, a player must make some: imitate those of scripts.
 
-The scripts play at random, so that this teaches how a move is written and nothing about which is
-good.
+The scripts play at random or carelessly, so that this teaches how a move is written and little
+about which is good.
 """
 
 from __future__ import annotations

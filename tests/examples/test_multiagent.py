@@ -33,25 +33,34 @@ def example(tiny_llama, tmp_path):
     return run
 
 
+TINY = "--groups-per-step 2 --group-size 2 --warm-up-games 4 --warm-up-steps 1 --eval-games 2"
+
+
 def test_self_play_fills_its_league_and_goes_on_after_a_restart(example, tmp_path):
-    small = ["--piles", "1 1", "--groups-per-step", "2", "--group-size", "2", "--join-every", "1"]
-    small += ["--warm-up-steps", "1", "--eval-games", "2", "--out", str(tmp_path)]
-    stdout, result = example("self_play", *small, "--steps", "2")
+    small = [*TINY.split(), "--join-every", "1", "--out", str(tmp_path)]
+    stdout, result = example("self_play", *small, "--piles", "1 1", "--steps", "2")
     assert list(result["elo"]) == ["step 0", "step 1", "step 2", "random", "perfect"]
     assert result["elo"]["random"] == [0, 0, 0]
     assert result["perfect_against_random"][0] == 0.5  # two piles of one: who moves second wins
     assert (tmp_path / "self_play.png").read_bytes().startswith(PNG)
     assert (tmp_path / "self_play_elo.png").read_bytes().startswith(PNG)
     run_id = re.search(r"^run (\w+) from step 0$", stdout, re.MULTILINE)[1]
-    stdout, result = example("self_play", *small, "--steps", "3", "--resume", run_id)
+    again = ["--piles", "1 1", "--steps", "3", "--resume", run_id]
+    stdout, result = example("self_play", *small, *again)
     assert f"run {run_id} from step 2" in stdout
     assert list(result["elo"]) == ["step 0", "step 1", "step 2", "step 3", "random", "perfect"]
 
 
 def test_twenty_questions_trains_both_sides_and_crosses_them(example, tmp_path):
-    small = ["--groups-per-step", "2", "--group-size", "2", "--warm-up-steps", "1"]
     _, result = example(
-        "twenty_questions", *small, "--steps", "2", "--eval-games", "2", "--out", str(tmp_path)
+        "twenty_questions",
+        *TINY.split(),
+        "--steps",
+        "2",
+        "--head-start",
+        "1",
+        "--out",
+        str(tmp_path),
     )
     assert result["cross_play"]["games"] == [[2, 2, 2]] * 3
     assert result["cross_play"]["failed"] == 0
