@@ -10,7 +10,7 @@ import pytest
 
 import tinsmith
 from tinsmith.algorithms.estimates import maj_at_k, mean_interval, pass_at_k
-from tinsmith.algorithms.evaluate import TaskResults, evaluate, evaluate_tasks, repeated
+from tinsmith.algorithms.evaluate import TaskResults, evaluate, evaluate_tasks, last_words, repeated
 
 
 def said(text: str, reward: float) -> tinsmith.Trajectory:
@@ -68,7 +68,7 @@ async def test_any_environment_is_an_evaluator_with_n_samples_per_task(service):
     assert 0 <= found.pass_at(1).value <= found.pass_at(4).value <= 1
 
     def words(results, samples):
-        return [[t.messages[-1]["content"] for t in task[:samples]] for task in results.outcomes]
+        return [[last_words(t) for t in task[:samples]] for task in results.outcomes]
 
     assert len({w for task in words(found, 4) for w in task}) > 3  # samples differ
     assert words(found, 2) == words(again, 2)  # and are repeatable, however many there are
