@@ -6,7 +6,7 @@ import inspect
 import json
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -16,6 +16,7 @@ import msgspec
 import typer
 
 from ..algorithms.config import TrainConfig
+from ..algorithms.run_folder import load_run_of
 from ..primitives.errors import InvalidInput, NotFound
 
 SCALARS = (str, int, float, bool)
@@ -72,6 +73,28 @@ def _helps(kind: type[Any]) -> dict[str, str]:
         for param in docstring_parser.parse(base.__doc__ or "").params
     ]
     return {p.arg_name: " ".join((p.description or "").split()) for p in documented}
+
+
+def chosen_config(
+    kind: type[C],
+    file: Path | None,
+    flags: dict[str, Any],
+    run_dir: Path | None,
+    resume: Path | None,
+) -> C:
+    """The config that a command's flags choose (None: not given): a new run's, or that of the run
+    in `resume`, of which only the end may be set.
+
+    Raises:
+        NotFound: there is no such file or run.
+        InvalidInput: a key or value cannot be used, or not beside `--resume`.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if resume is None:
+        return load_config(file, given, kind)
+    if file is not None or run_dir is not None or given.keys() - {"steps"}:
+        raise InvalidInput("--resume goes on with the run's own config: of it, give only --steps")
+    return replace(load_run_of(kind, resume)[1], **given)  # type: ignore[type-var]
 
 
 def load_config(

@@ -33,6 +33,13 @@ Address = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(show_default="runs/<run id> at home", help="Folder for the run's files."),
+]
+Resume = Annotated[
+    Path | None, typer.Option(help="A run folder to go on with; --steps sets another end.")
+]
 Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="A module that registers environments."),

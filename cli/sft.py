@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +11,9 @@ import typer
 from rich.console import Console
 
 from ..algorithms.fit_config import SupervisedConfig
-from ..algorithms.run_folder import load_run_of
 from ..primitives.errors import InvalidInput
-from .config import load_config, with_config_flags
-from .options import Address, AsJson, Home, print_json
+from .config import chosen_config, with_config_flags
+from .options import Address, AsJson, Home, Resume, RunDir, print_json
 
 
 @with_config_flags(SupervisedConfig, without=("data",))
@@ -32,13 +30,8 @@ def sft(
     config: Annotated[
         Path | None, typer.Option(metavar="RUN.TOML", help="The run's config; flags override.")
     ] = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(show_default="runs/<run id> at home", help="Folder for the run's files."),
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="A run folder to go on with; --steps sets another end.")
-    ] = None,
+    run_dir: RunDir = None,
+    resume: Resume = None,
     address: Address = None,
     as_json: AsJson = False,
     **flags: Any,
@@ -49,20 +42,12 @@ def sft(
     --json, progress goes to stderr and stdout ends with one JSON object. Ctrl-C ends the run with a
     checkpoint, from which --resume goes on.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
     if data is not None:
         # A run is resumed from anywhere.
-        given["data"] = str(Path(data).absolute()) if Path(data).exists() else data
-    if resume is None:
-        settings = load_config(config, given, SupervisedConfig)
-        if not settings.data:
-            raise InvalidInput("name a file of rows: tinsmith sft DATA.JSONL")
-    else:
-        if config is not None or run_dir is not None or given.keys() - {"steps"}:
-            raise InvalidInput(
-                "--resume goes on with the run's own config: of it, give only --steps"
-            )
-        settings = replace(load_run_of(SupervisedConfig, resume)[1], **given)
+        flags["data"] = str(Path(data).absolute()) if Path(data).exists() else data
+    settings = chosen_config(SupervisedConfig, config, flags, run_dir, resume)
+    if resume is None and not settings.data:
+        raise InvalidInput("name a file of rows: tinsmith sft DATA.JSONL")
     console = Console(stderr=as_json)
     summary = asyncio.run(_run(settings, run_dir, resume, home, address, console))
     if as_json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +11,18 @@ import typer
 from rich.console import Console
 
 from ..algorithms.config import TrainConfig
-from ..algorithms.run_folder import load_run
 from ..envs.registry import find
-from ..primitives.errors import InvalidInput
-from .config import load_config, with_config_flags
-from .options import Address, AsJson, Home, Imports, import_environments, print_json
+from .config import chosen_config, with_config_flags
+from .options import (
+    Address,
+    AsJson,
+    Home,
+    Imports,
+    Resume,
+    RunDir,
+    import_environments,
+    print_json,
+)
 
 
 @with_config_flags(TrainConfig)
@@ -25,13 +31,8 @@ def train(
     file: Annotated[
         Path | None, typer.Argument(metavar="[RUN.TOML]", help="The run's config; flags override.")
     ] = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(show_default="runs/<run id> at home", help="Folder for the run's files."),
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="A run folder to go on with; --steps sets another end.")
-    ] = None,
+    run_dir: RunDir = None,
+    resume: Resume = None,
     imports: Imports = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -46,15 +47,7 @@ def train(
     package.module:Class; modules in the current folder are found.
     """
     import_environments(imports)
-    given = {name: value for name, value in flags.items() if value is not None}
-    if resume is None:
-        config = load_config(file, given, TrainConfig)
-    else:
-        if file is not None or run_dir is not None or given.keys() - {"steps"}:
-            raise InvalidInput(
-                "--resume goes on with the run's own config: of it, give only --steps"
-            )
-        config = replace(load_run(resume)[1], **given)
+    config = chosen_config(TrainConfig, file, flags, run_dir, resume)
     if ":" not in config.env:
         find(config.env)  # a wrong name is better told now than when the model is loaded
     console = Console(stderr=as_json)
