@@ -10,6 +10,7 @@ from typing import Any
 
 from ..primitives.errors import InvalidInput
 from .core import Env
+from .multi_agent import MultiAgentEnv
 from .registry import make
 
 
@@ -38,7 +39,10 @@ class SlowTools(Env):
             raise InvalidInput(
                 f"SlowTools: mean and sigma must be finite and not negative, got {mean}, {sigma}"
             )
-        self.env = make(env, **(env_kwargs or {})) if isinstance(env, str) else env
+        made = make(env, **(env_kwargs or {})) if isinstance(env, str) else env
+        if isinstance(made, MultiAgentEnv):
+            raise InvalidInput(f"SlowTools: {env!r} is a game; only an Env of one agent is slowed")
+        self.env = made
         self.tool_schemas = getattr(self.env, "tool_schemas", None)
         self.mean, self.sigma = mean, sigma
 

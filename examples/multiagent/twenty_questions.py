@@ -47,9 +47,15 @@ ANIMALS = {
 WHEN = {2: ("start", "end"), 3: ("start", "middle", "end")}
 MOST_QUESTIONS = 3
 AGENTS = ("asker", "answerer")
+
+
+def facts(animal: str) -> str:
+    return " ".join(f for f in FEATURES if f in ANIMALS[animal]) or "none"
+
+
 RULES = (
     "I think of one of these animals: "
-    + "; ".join(f"{name}: {' '.join(sorted(has)) or 'none'}" for name, has in ANIMALS.items())
+    + "; ".join(f"{animal}: {facts(animal)}" for animal in ANIMALS)
     + ". Ask bird? big? or white? and then name the animal."
 )
 
@@ -76,7 +82,8 @@ class TwentyQuestions(MultiAgentEnv):
         words = {w for w in re.findall("[a-z]+", text.lower()) if w in ANIMALS or w in FEATURES}
         if len(words) == 1 and words <= set(FEATURES) and len(self.truths) < MOST_QUESTIONS:
             (self.feature,) = words
-            about = "" if self.truths else f"You are the {self.animal}. Answer yes or no. "
+            about = f"You are the {self.animal}: {facts(self.animal)}. Answer yes or no. "
+            about = "" if self.truths else about
             return {"answerer": f"{about}{self.feature}?"}, {}, {}, {}, {}
         found = words == {self.animal}
         infos = {
@@ -137,7 +144,7 @@ def main(
     group_size: Annotated[int, typer.Option(help="games per animal")] = 6,
     head_start: Annotated[int, typer.Option(help="first steps, of the answerer alone")] = 4,
     max_staleness: Annotated[int, typer.Option(help="0: strictly on-policy")] = 0,
-    learning_rate: float = 5e-4,
+    learning_rate: float = 1e-3,
     rank: int = 16,
     warm_up_games: Annotated[int, typer.Option(help="of scripts, to imitate")] = 128,
     warm_up_steps: int = 6,
