@@ -144,4 +144,4 @@ def test_a_librarys_environment_is_trained_in_by_its_name(service, command, tmp_
     result = command("train", *words, "--run-dir", tmp_path / "run", "--json")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
-    assert summary["steps"] == 1
+    assert summary["optim_steps"] == 1
