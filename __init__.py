@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .algorithms.train import TrainResult, Watcher, resume, train
     from .engines.models import resolve_model
     from .envs.episode import EpisodeLimits, EpisodeSpec
+    from .envs.match import MatchSpec
+    from .envs.scripted import Scripted
     from .primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
     from .primitives.errors import (
         EnvironmentFailure,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         Datum,
         ForwardBackwardOutput,
         LoraConfig,
+        Match,
         ModelInput,
         OptimStepResponse,
         PolicyRef,
@@ -59,6 +62,8 @@ _HOMES = {
     "algorithms.train": ["TrainResult", "Watcher", "resume", "train"],
     "engines.models": ["resolve_model"],
     "envs.episode": ["EpisodeLimits", "EpisodeSpec"],
+    "envs.match": ["MatchSpec"],
+    "envs.scripted": ["Scripted"],
     "primitives.client": ["EnvClient", "SamplingClient", "ServiceClient", "TrainingClient"],
     "primitives.errors": [
         "EnvironmentFailure",
@@ -79,6 +84,7 @@ _HOMES = {
         "Datum",
         "ForwardBackwardOutput",
         "LoraConfig",
+        "Match",
         "ModelInput",
         "OptimStepResponse",
         "PolicyRef",

@@ -1,24 +1,32 @@
-"""The EnvWorker actor: plays episodes, many at once, every environment in its own process."""
+"""The EnvWorker actor: plays episodes and matches, many at once, every environment in its own
+process."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from ..envs.episode import EpisodeSpec, play_episode
 from ..envs.isolation import EnvPool
+from ..envs.match import MatchSpec, play_match
 from ..envs.renderer import ChatRenderer
+from ..primitives.client import SamplingClient
 from ..primitives.errors import OpCancelled
-from ..primitives.types import Trajectory
+from ..primitives.types import Match, Trajectory
+
+T = TypeVar("T")
 
 
 class EnvWorker:
-    """Plays episodes for one model, up to `max_concurrent` at once; more wait."""
+    """Plays up to `max_concurrent` episodes at once; more wait. `model_path` is the model of
+    policies that do not know their own."""
 
     def __init__(self, model_path: str, *, max_concurrent: int = 64) -> None:
         self.model_path = model_path
         self.pool = EnvPool(max_concurrent)
-        self.renderer: asyncio.Future[ChatRenderer] | None = None
-        self.playing: dict[str, asyncio.Task[Trajectory]] = {}
+        self.renderers: dict[str, asyncio.Future[ChatRenderer]] = {}
+        self.playing: dict[str, asyncio.Task[Any]] = {}
 
     async def run_episode(self, name: str, spec: EpisodeSpec) -> Trajectory:
         """Play one episode to its end; `withdraw(name)` ends it before.
@@ -28,19 +36,36 @@ class EnvWorker:
             NotFound, InvalidInput: no such environment, or not with these arguments.
             OpCancelled: it was withdrawn.
         """
-        task = self.playing[name] = asyncio.create_task(self._play(spec))
+
+        async def play() -> Trajectory:
+            return await play_episode(self.pool, await self._renderer(spec.policy), spec)
+
+        return await self._until_withdrawn(name, spec.env, play())
+
+    async def play_match(self, name: str, spec: MatchSpec) -> Match:
+        """As `run_episode`, for a match."""
+
+        async def play() -> Match:
+            renderers = {a: await self._renderer(policy) for a, policy in spec.samplers.items()}
+            return await play_match(self.pool, renderers.__getitem__, spec)
+
+        return await self._until_withdrawn(name, spec.env, play())
+
+    async def _until_withdrawn(self, name: str, env: str, work: Coroutine[Any, Any, T]) -> T:
+        task = self.playing[name] = asyncio.create_task(work)
         try:
             return await task
         except asyncio.CancelledError:
-            raise OpCancelled(f"an episode of {spec.env!r} was withdrawn") from None
+            raise OpCancelled(f"an episode of {env!r} was withdrawn") from None
         finally:
             del self.playing[name]
 
-    async def _play(self, spec: EpisodeSpec) -> Trajectory:
-        if self.renderer is None:
-            load = asyncio.to_thread(ChatRenderer.from_model, self.model_path)
-            self.renderer = asyncio.ensure_future(load)
-        return await play_episode(self.pool, await asyncio.shield(self.renderer), spec)
+    async def _renderer(self, policy: SamplingClient) -> ChatRenderer:
+        path = policy.model_path if isinstance(policy, SamplingClient) else self.model_path
+        if path not in self.renderers:
+            load = asyncio.to_thread(ChatRenderer.from_model, path)
+            self.renderers[path] = asyncio.ensure_future(load)
+        return await asyncio.shield(self.renderers[path])
 
     async def withdraw(self, name: str) -> bool:
         """End an episode and its environment's process; whether it was under way."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.types import Datum, ForwardBackwardOutput, ModelInput, Segment, Trajectory
 
 
@@ -55,28 +56,147 @@ def on_policy_masks(trajectory: Trajectory, version: int) -> list[np.ndarray]:
     return masks
 
 
-def truncated_importance_weights(
-    datums: Sequence[Datum], output: ForwardBackwardOutput, cap: float
-) -> list[Datum]:
-    """The decoupled form: advantages times `min(pi_proximal / pi_behaviour, cap)`, and the
-    proximal policy's logprobs in place of the behaviour's.
+def sampled_masks(trajectory: Trajectory) -> list[np.ndarray]:
+    """Per datum of `trajectory_datums`, bool `[T]`: the targets that the policy sampled."""
+    masks = []
+    for segment in trajectory.segments:
+        sampled = np.flatnonzero(segment.mask)
+        if len(sampled) and sampled[-1] > 0:
+            masks.append(segment.mask[1 : int(sampled[-1]) + 1])
+    return masks
 
-    `output` is a forward pass of the learner before its update, which makes its policy the
-    proximal one: the trust region of `ppo` is then around it, and the weight corrects for stale
-    weights and for numerical differences between trainer and sampler alike (Fu et al., AReaL,
-    2025, eq. 5; truncation: Yao et al., "Your efficient RL framework secretly brings you
-    off-policy training", 2025).
+
+def turn_lengths(trajectory: Trajectory) -> list[int]:
+    """Tokens that the policy sampled in each of its turns, in order."""
+    lengths = []
+    for segment in trajectory.segments:
+        edges = np.diff(np.concatenate([[False], segment.mask, [False]]).astype(np.int8))
+        lengths += (np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)).tolist()
+    return lengths
+
+
+NORMALIZATIONS = ("episode", "sequence_mean", "token_mean")
+
+
+def episode_weights(lengths_N: np.ndarray, normalize: str) -> np.ndarray:
+    """What to multiply each of N episodes' advantages by, float64 `[N]`, since losses sum over
+    tokens. `lengths_N` counts the sampled tokens of each; one of 0 (filtered out) weighs nothing.
+
+    - `episode`: 1 / N. Every token counts alike, and the scale does not depend on how long the
+      others are: Dr. GRPO's normalisation by a constant (Liu et al., 2025), up to that constant.
+    - `sequence_mean`: 1 / (N length): GRPO's mean over tokens, then over episodes (Shao et al.,
+      2024, eq. 3). In a long episode a token counts less.
+    - `token_mean`: 1 / (tokens of all): DAPO's token-level loss (Yu et al., 2025, eq. 12).
+
+    Raises:
+        NotFound: no normalisation of that name.
     """
-    corrected = []
+    lengths_N = np.asarray(lengths_N, np.float64)
+    counted = lengths_N > 0
+    if normalize == "episode":
+        return counted / len(lengths_N)
+    if normalize == "sequence_mean":
+        return counted / (len(lengths_N) * np.maximum(lengths_N, 1))
+    if normalize == "token_mean":
+        return counted / max(lengths_N.sum(), 1)
+    raise NotFound(f"no normalization {normalize!r}; there are {', '.join(NORMALIZATIONS)}")
+
+
+IMPORTANCE_LEVELS = ("token", "geometric", "sequence")
+
+
+def importance_weights(
+    datums: Sequence[Datum],
+    output: ForwardBackwardOutput,
+    *,
+    cap: float,
+    level: str = "token",
+    mask: bool = False,
+) -> list[np.ndarray]:
+    """Per datum, float64 `[T]`: `w = pi_proximal / pi_behaviour`, bounded, on the tokens with an
+    advantage; 1 elsewhere. `output` is a forward pass of the learner before its update.
+
+    `level` says of what the ratio is: of each token (Yao et al., "Your efficient RL framework
+    secretly brings you off-policy training", 2025: little variance, biased where actions depend
+    on earlier ones); `sequence`, of the datum's tokens together, the product of theirs (unbiased
+    before it is bounded, and wild for long sequences); `geometric`, the mean of the log ratios of
+    the datum's tokens, which does not grow with its length. The last two: Liu et al., "When speed
+    kills stability: demystifying RL collapse from the training-inference mismatch", 2025.
+
+    Bounded: `min(w, cap)`, or with `mask` `w` where `1 / cap <= w <= cap` and 0 elsewhere, which
+    leaves out what differs too much instead of limiting it (both sides, as in IcePop: Ling team,
+    "Every step evolves", 2025).
+
+    Raises:
+        InvalidInput: a cap below 1 with `mask`, or not above 0.
+        NotFound: no such level.
+    """
+    if not cap > 0 or (mask and cap < 1):
+        raise InvalidInput(f"cap must be above 0, and at least 1 for a mask; got {cap}")
+    if level not in IMPORTANCE_LEVELS:
+        raise NotFound(f"no level {level!r}; there are {', '.join(IMPORTANCE_LEVELS)}")
+    weights = []
     for datum, outputs in zip(datums, output.loss_fn_outputs, strict=True):
-        inputs = dict(datum.loss_fn_inputs)
+        inputs = datum.loss_fn_inputs
+        used = inputs["advantages"] != 0
+        gap = outputs["logprobs"][used].astype(np.float64) - inputs["logprobs"][used]
+        if level == "sequence":
+            gap = np.full_like(gap, gap.sum())
+        elif level == "geometric" and len(gap):
+            gap = np.full_like(gap, gap.mean())
+        if mask:
+            bounded = np.where(np.abs(gap) <= np.log(cap), np.exp(np.minimum(gap, np.log(cap))), 0)
+        else:
+            bounded = np.exp(np.minimum(gap, np.log(cap)))
+        weight = np.ones(len(used))
+        weight[used] = bounded
+        weights.append(weight)
+    return weights
+
+
+def weighted(datums: Sequence[Datum], weights: Sequence[np.ndarray]) -> list[Datum]:
+    """The datums with their advantages times `weights`, per datum `[T]`."""
+    return [
+        with_inputs(datum, advantages=datum.loss_fn_inputs["advantages"] * weight)
+        for datum, weight in zip(datums, weights, strict=True)
+    ]
+
+
+def around_proximal(datums: Sequence[Datum], output: ForwardBackwardOutput) -> list[Datum]:
+    """The datums with the proximal policy's logprobs in place of the behaviour's, where there is
+    an advantage: the trust region of `ppo` is then around the proximal policy."""
+    moved = []
+    for datum, outputs in zip(datums, output.loss_fn_outputs, strict=True):
+        inputs = datum.loss_fn_inputs
         used = inputs["advantages"] != 0
         proximal = np.where(used, outputs["logprobs"], inputs["logprobs"])
-        weight = np.minimum(np.exp(proximal - inputs["logprobs"]), cap)
-        inputs["advantages"] = (inputs["advantages"] * weight).astype(np.float32)
-        inputs["logprobs"] = proximal.astype(np.float32)
-        corrected.append(Datum(datum.model_input, inputs))
-    return corrected
+        moved.append(with_inputs(datum, logprobs=proximal))
+    return moved
+
+
+def truncated_importance_weights(
+    datums: Sequence[Datum],
+    output: ForwardBackwardOutput,
+    cap: float,
+    *,
+    level: str = "token",
+    mask: bool = False,
+) -> list[Datum]:
+    """The decoupled form: advantages times `importance_weights`, the trust region `around_proximal`
+    (Fu et al., AReaL, 2025, eq. 5).
+
+    `output` is a forward pass of the learner before its update, which makes its policy the
+    proximal one: the weight corrects for stale weights and for numerical differences between
+    trainer and sampler alike.
+    """
+    weights = importance_weights(datums, output, cap=cap, level=level, mask=mask)
+    return weighted(around_proximal(datums, output), weights)
+
+
+def with_inputs(datum: Datum, **inputs: np.ndarray) -> Datum:
+    """The datum with these `loss_fn_inputs`, float32, added or in place of its own."""
+    new = {name: np.asarray(values, np.float32) for name, values in inputs.items()}
+    return Datum(datum.model_input, {**datum.loss_fn_inputs, **new})
 
 
 def mismatch_metrics(

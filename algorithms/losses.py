@@ -5,12 +5,15 @@ flat float32 tensor over the tokens of all datums of one batch; `datum` (int64) 
 is. Formulas and defaults are those of the Tinker API (its documentation, "Loss functions"), but
 for `stable_reinforce`, which is ours; `r = exp(p - q)` with `q = logprobs`, the sampler's, and
 `A = advantages`.
+
+The policy-gradient losses also take `reference_logprobs` and, with `kl_k3_coeff` or `kl_k2_coeff`
+above 0, add a penalty on the divergence from that reference policy (`reference_kl`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,9 +53,13 @@ class Loss:
     multi_target: bool = False
 
     def fill_inputs(self, inputs: Inputs, config: Config) -> dict[str, Tensor]:
-        """One datum's `inputs` with what stands in for the optional ones it lacks."""
-        filled = {k: default(inputs, config) for k, default in self.optional.items()}
-        return {**filled, **inputs}
+        """One datum's `inputs` with what stands in for the optional ones it lacks.
+
+        Raises:
+            InvalidInput: the config asks for a reference policy, and the datum has none.
+        """
+        lacking = {k: default for k, default in self.optional.items() if k not in inputs}
+        return {**inputs, **{k: default(inputs, config) for k, default in lacking.items()}}
 
     def fill_config(self, config: Mapping[str, float] | None) -> dict[str, float]:
         """`config` with defaults.
@@ -94,9 +101,18 @@ def importance_sampling(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
 
 
 def ppo(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
-    """`-min(r A, clip(r, low, high) A)` (Schulman et al., 2017, eq. 7; thresholds are ratios)."""
+    """`-min(r A, clip(r, low, high) A)` (Schulman et al., 2017, eq. 7; thresholds are ratios).
+
+    A high threshold further from 1 than the low one is DAPO's "clip-higher" (Yu et al., 2025,
+    eq. 10: 0.8 and 1.28). With `dual_clip` = c > 1, where `A < 0` the objective is not let below
+    `c A` (Ye et al., "Mastering complex control in MOBA games", 2020, eq. 5); 0: off.
+    """
     r, a = _ratio(p, inputs), inputs["advantages"]
-    return -torch.minimum(r * a, _clip(r, inputs) * a)
+    objective = torch.minimum(r * a, _clip(r, inputs) * a)
+    if config["dual_clip"] > 0:
+        bounded = torch.maximum(objective, config["dual_clip"] * a)
+        objective = torch.where(a < 0, bounded, objective)
+    return -objective
 
 
 def cispo(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
@@ -154,6 +170,24 @@ def stable_reinforce(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
     return -weight * (inputs["advantages"] - pull) * p
 
 
+def reference_kl(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
+    """`w (kl_k3_coeff k3 + kl_k2_coeff k2)` with `d = p_ref - p`, `w = kl_weights`:
+
+    - `k3 = exp(d) - 1 - d`, GRPO's penalty (Shao et al., DeepSeekMath, 2024, eq. 4). Its value is
+      an unbiased estimate of KL(pi || ref) on the policy's own samples; its gradient is that of
+      the other direction, KL(ref || pi).
+    - `k2 = d^2 / 2`, whose gradient on the policy's own samples is that of KL(pi || ref) (Tang &
+      Munos, "On a few pitfalls in KL divergence gradient estimation for RL", 2025).
+
+    k1 to k3: Schulman, "Approximating KL divergence", 2020. Without `kl_weights`, tokens with an
+    advantage weigh 1, the others 0.
+    """
+    weight = inputs["kl_weights"]
+    gap = torch.where(weight != 0, inputs["reference_logprobs"] - p, 0.0)
+    k3, k2 = torch.expm1(gap) - gap, 0.5 * gap * gap
+    return weight * (config["kl_k3_coeff"] * k3 + config["kl_k2_coeff"] * k2)
+
+
 def _where_advantage(inputs: Inputs, config: Config) -> Tensor:
     return inputs["advantages"] != 0
 
@@ -172,6 +206,42 @@ def _advantage_mask(inputs: Inputs, config: Config) -> Tensor:
 
 def _from_config(key: str) -> Callable[[Inputs, Config], Tensor]:
     return lambda inputs, config: torch.full_like(inputs["advantages"], config[key])
+
+
+def _wants_reference(config: Config) -> bool:
+    return config["kl_k3_coeff"] != 0 or config["kl_k2_coeff"] != 0
+
+
+def _no_reference(inputs: Inputs, config: Config) -> Tensor:
+    if _wants_reference(config):
+        raise InvalidInput(
+            "kl_k3_coeff and kl_k2_coeff need loss_fn_inputs['reference_logprobs'] in every datum"
+        )
+    return torch.zeros_like(inputs["advantages"])
+
+
+def with_reference_kl(loss: Loss) -> Loss:
+    """`loss` plus `reference_kl`, for a policy-gradient loss."""
+
+    def function(p: Tensor, inputs: Inputs, config: Config) -> Tensor:
+        value = loss.function(p, inputs, config)
+        return value + reference_kl(p, inputs, config) if _wants_reference(config) else value
+
+    def needed(inputs: Inputs, config: Config) -> Tensor:
+        own = loss.needed(inputs, config)
+        return own | (inputs["kl_weights"] != 0) if _wants_reference(config) else own
+
+    return replace(
+        loss,
+        function=function,
+        needed=needed,
+        optional={
+            **loss.optional,
+            "reference_logprobs": _no_reference,
+            "kl_weights": _advantage_mask,
+        },
+        config={**loss.config, "kl_k3_coeff": 0.0, "kl_k2_coeff": 0.0},
+    )
 
 
 CLIPS = {key: _from_config(key) for key in ("clip_low_threshold", "clip_high_threshold")}
@@ -213,35 +283,41 @@ register_loss(
         multi_target=True,
     )
 )
-register_loss(Loss("importance_sampling", importance_sampling, _where_advantage))
+register_loss(with_reference_kl(Loss("importance_sampling", importance_sampling, _where_advantage)))
 register_loss(
-    Loss(
-        "ppo",
-        ppo,
-        _where_advantage,
-        optional=CLIPS,
-        config=_clips(0.8, 1.2),
-        clipped=_outside(_ratio),
+    with_reference_kl(
+        Loss(
+            "ppo",
+            ppo,
+            _where_advantage,
+            optional=CLIPS,
+            config={**_clips(0.8, 1.2), "dual_clip": 0.0},
+            clipped=_outside(_ratio),
+        )
     )
 )
 register_loss(
-    Loss(
-        "cispo",
-        cispo,
-        _where_advantage,
-        optional=CLIPS,
-        config=_clips(0.0, 4.0),
-        clipped=_outside(_ratio),
+    with_reference_kl(
+        Loss(
+            "cispo",
+            cispo,
+            _where_advantage,
+            optional=CLIPS,
+            config=_clips(0.0, 4.0),
+            clipped=_outside(_ratio),
+        )
     )
 )
 register_loss(
-    Loss(
-        "gspo",
-        gspo,
-        _where_advantage_or("sequence_ratio_mask"),
-        optional={"sequence_ratio_mask": _advantage_mask, **CLIPS},
-        config=_clips(1 - 3e-4, 1 + 4e-4),  # the paper's
-        clipped=_outside(_sequence_ratio),
+    with_reference_kl(
+        Loss(
+            "gspo",
+            gspo,
+            _where_advantage_or("sequence_ratio_mask"),
+            optional={"sequence_ratio_mask": _advantage_mask, **CLIPS},
+            config=_clips(1 - 3e-4, 1 + 4e-4),  # the paper's
+            clipped=_outside(_sequence_ratio),
+        )
     )
 )
 register_loss(Loss("dro", dro, _everywhere, config={"beta": REQUIRED}))

@@ -2,9 +2,9 @@
 
 `Rollouts` starts group after group while the number issued stays within
 `(version + max_staleness + 1) * groups_per_step` (AReaL's rule, Fu et al., 2025), and hands out
-batches. A group that would be too old after the next step is waited for, not thrown away:
-a batch takes the oldest groups first, and is not handed out while one that it must hold still
-plays. With `max_staleness=0` this is exactly the synchronous loop.
+batches. A group is waited for before it would get too old, not thrown away: a batch takes the
+oldest groups first, and is not handed out while it would leave more of them behind than the next
+batches can hold in time. With `max_staleness=0` this is exactly the synchronous loop.
 
 `oversubscription` trades work for time: more groups are started than needed, none is waited for
 once a batch is full, and what is too old by then is dropped and counted.
@@ -21,52 +21,88 @@ from types import TracebackType
 
 import numpy as np
 
-from ..primitives.errors import EnvironmentFailure, RolloutFailure, Unavailable
-from ..primitives.types import Trajectory
+from ..primitives.errors import EnvironmentFailure, InvalidInput, RolloutFailure, Unavailable
+from ..primitives.types import Match, Trajectory
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """G episodes of one task. `start_version` is the learner's version when it was issued."""
+    """G episodes of one task. `start_version` is the learner's version when it was issued.
+
+    A group of matches holds them in `matches` and has no `trajectories`: those of one agent,
+    with rewards that can be compared, are the group `of(agent)`.
+    """
 
     index: int
     start_version: int
     trajectories: list[Trajectory]
     failures: list[str] = field(default_factory=list)
+    matches: list[Match] = field(default_factory=list)
+
+    def of(self, agent: str) -> Group:
+        """One agent's part of a group of matches.
+
+        Raises:
+            InvalidInput: there is no such agent.
+        """
+        if self.matches and agent not in self.matches[0].trajectories:
+            agents = ", ".join(self.matches[0].trajectories)
+            raise InvalidInput(f"no agent {agent!r} in these matches; there are {agents}")
+        own = [match.trajectories[agent] for match in self.matches]
+        return Group(self.index, self.start_version, own, self.failures)
 
     @property
     def rewards(self) -> np.ndarray:
+        """Returns `[G]`, float64.
+
+        Raises:
+            InvalidInput: in a group of matches.
+        """
+        if self.matches:
+            raise InvalidInput("every agent of a match has its own reward: take group.of(agent)")
         return np.array([t.reward for t in self.trajectories])
 
     @property
     def oldest_version(self) -> int:
-        """Of any token; the version at issue when nothing was sampled."""
-        versions = [t.oldest_version for t in self.trajectories if t.oldest_version >= 0]
+        """Of any token, in matches of any that a live policy sampled: a frozen opponent does not
+        age. The version at issue when there is none."""
+        played = self.matches or self.trajectories
+        versions = [one.oldest_version for one in played if one.oldest_version >= 0]
         return min(versions, default=self.start_version)
 
+    def __len__(self) -> int:
+        """G, without the episodes that failed."""
+        return len(self.matches or self.trajectories)
 
-PlayEpisode = Callable[[int, int], Awaitable[Trajectory]]
-"""`(group index, member) -> trajectory`."""
+
+PlayEpisode = Callable[[int, int], Awaitable[Trajectory | Match]]
+"""`(group index, member) -> trajectory`, or match."""
 
 
 async def play_group(play: PlayEpisode, index: int, start_version: int, group_size: int) -> Group:
-    """Play a group's episodes at once. An episode that fails is left out and reported."""
+    """Play a group's episodes or matches at once. One that fails is left out and reported."""
     outcomes = await asyncio.gather(
         *(play(index, member) for member in range(group_size)), return_exceptions=True
     )
-    trajectories, failures = [], []
+    trajectories, matches, failures = [], [], []
     for outcome in outcomes:
         if isinstance(outcome, Trajectory):
             trajectories.append(outcome)
+        elif isinstance(outcome, Match):
+            matches.append(outcome)
         elif isinstance(outcome, EnvironmentFailure | Unavailable):
             failures.append(str(outcome))
         else:
             raise outcome
-    return Group(index, start_version, trajectories, failures)
+    return Group(index, start_version, trajectories, failures, matches)
 
 
 def has_signal(group: Group) -> bool:
-    """Whether the group's rewards differ, so that its advantages are not all zero."""
+    """Whether the group's rewards differ, so that its advantages are not all zero; in matches,
+    those of any agent with a live policy (of any at all, where there is none)."""
+    if group.matches:
+        first = group.matches[0]
+        return any(has_signal(group.of(agent)) for agent in first.live or first.trajectories)
     return len(group.trajectories) > 1 and bool(np.ptp(group.rewards) > 0)
 
 
@@ -85,13 +121,15 @@ class Rollouts:
     """An async context manager around the group tasks; leaving it cancels those under way.
 
     Args:
-        play: plays one episode.
+        play: plays one episode or match.
         groups_per_step: groups in a batch.
         group_size: episodes in a group.
         max_staleness: largest `learner version - version of the oldest token` trained on.
         version: the learner's version now.
         oversubscription: groups started beyond what pacing allows, as a share of a batch.
         max_groups_in_flight: how many groups may play at once (None: as pacing allows).
+        total: groups that will be trained on in all (None: no end); none is started beyond, where
+            it would only take time from the last ones.
         keep: which finished groups are worth training on; the others are counted and replaced,
             `max_replaced` of them per batch (None: as many as a batch holds). More are taken as
             they are, so that a batch gets full even where nothing has signal.
@@ -109,6 +147,7 @@ class Rollouts:
         version: int = 0,
         oversubscription: float = 0.0,
         max_groups_in_flight: int | None = None,
+        total: int | None = None,
         keep: Callable[[Group], bool] = has_signal,
         max_replaced: int | None = None,
         first_index: int = 0,
@@ -121,6 +160,7 @@ class Rollouts:
         self.max_staleness = max_staleness
         self.surplus = math.ceil(oversubscription * groups_per_step)
         self.max_groups_in_flight = max_groups_in_flight
+        self.total = total
         self.keep = keep
         self.max_replaced = groups_per_step if max_replaced is None else max_replaced
         self.max_failures_in_a_row = max_failures_in_a_row
@@ -172,6 +212,8 @@ class Rollouts:
     def _issue(self) -> None:
         steps = self._version - self._first_version
         allowed = (steps + self.max_staleness + 1) * self.groups_per_step
+        if self.total is not None:
+            allowed = min(allowed, self.total)
         trained_or_pending = self.counts.trained + len(self._ready) + len(self._running)
         room = allowed + self.surplus - trained_or_pending
         if self.max_groups_in_flight is not None:
@@ -203,12 +245,22 @@ class Rollouts:
         self._ready = fresh
 
     def _must_wait(self) -> bool:
-        due = self._version - self.max_staleness
-        overdue = any(started <= due for _, started in self._running.values())
-        return len(self._ready) < self.groups_per_step or (overdue and not self.surplus)
+        """Whether a batch handed out now would be short, or would leave more old groups behind
+        than the batches can hold until they are too old."""
+        if len(self._ready) < self.groups_per_step:
+            return True
+        if self.surplus or not self._running:
+            return False
+        ready = sorted(group.oldest_version for group in self._ready)[self.groups_per_step :]
+        left = sorted([*ready, *(started for _, started in self._running.values())])
+        batches_until = (version + self.max_staleness - self._version for version in left)
+        return any(
+            number > self.groups_per_step * batches
+            for number, batches in enumerate(batches_until, start=1)
+        )
 
     async def next_batch(self) -> list[Group]:
-        """The next `groups_per_step` groups, oldest first.
+        """The next `groups_per_step` groups, those with the oldest tokens first.
 
         Raises:
             RolloutFailure: too many episodes failed in a row.
@@ -220,7 +272,7 @@ class Rollouts:
                 del self._running[task]
                 self._take(task.result())
             self._issue()
-        self._ready.sort(key=lambda group: (group.start_version, group.index))
+        self._ready.sort(key=lambda group: (group.oldest_version, group.index))
         batch = self._ready[: self.groups_per_step]
         self._ready = self._ready[self.groups_per_step :]
         self.counts.trained += len(batch)
@@ -231,7 +283,7 @@ class Rollouts:
         self.on_group(group)
         self.counts.failed_episodes += len(group.failures)
         self._failures_in_a_row += len(group.failures)
-        if group.trajectories:
+        if len(group):
             self._failures_in_a_row = 0
         elif self._failures_in_a_row >= self.max_failures_in_a_row:
             raise RolloutFailure(
@@ -240,7 +292,7 @@ class Rollouts:
             )
         if self._version - group.oldest_version > self.max_staleness:
             self.counts.dropped_stale += 1
-        elif not group.trajectories:
+        elif not len(group):
             self.counts.dropped_no_signal += 1
         elif not self.keep(group) and self._replaced < self.max_replaced:
             self.counts.dropped_no_signal += 1

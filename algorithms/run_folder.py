@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.types import TrainingRun
 from .config import TrainConfig
+
+C = TypeVar("C")
 
 
 def run_folder(run: TrainingRun, home: str | Path) -> Path:
@@ -27,14 +30,38 @@ def new_run_folder(run_dir: str | Path) -> str:
     return str(Path(run_dir).absolute())
 
 
-def load_run(run_dir: str | Path) -> tuple[str, TrainConfig]:
-    """The id and config of the run in a folder.
+def run_id_of(run_dir: str | Path) -> str:
+    """The id of the run in a folder.
 
     Raises:
         NotFound: there is no `run.json`.
     """
+    return _read(run_dir)["run_id"]
+
+
+def load_run(run_dir: str | Path) -> tuple[str, TrainConfig]:
+    """The id and config of the run in a folder, a run of `train`.
+
+    Raises:
+        NotFound: there is no `run.json`, or it is of another kind of run.
+    """
+    return load_run_of(TrainConfig, run_dir)
+
+
+def load_run_of(kind: type[C], run_dir: str | Path) -> tuple[str, C]:
+    """The id and config of the run in a folder; `kind` is the class of its config.
+
+    Raises:
+        NotFound: there is no `run.json`, or it is of another kind of run.
+    """
+    saved = _read(run_dir)
+    if (found := saved.get("kind", TrainConfig.__name__)) != kind.__name__:
+        raise NotFound(f"the run in {Path(run_dir)} has a {found}, not a {kind.__name__}")
+    return saved["run_id"], kind(**saved["config"])
+
+
+def _read(run_dir: str | Path) -> dict[str, Any]:
     path = Path(run_dir) / "run.json"
     if not path.exists():
         raise NotFound(f"there is no run in {Path(run_dir)} (no run.json)")
-    saved = json.loads(path.read_text())
-    return saved["run_id"], TrainConfig(**saved["config"])
+    return json.loads(path.read_text())

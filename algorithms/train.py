@@ -2,43 +2,38 @@
 
 Rollouts go on while the learner works; every `optim_step` publishes its version to the live
 sampler, and trajectories under way continue under it. All of the loop's state is in its
-checkpoints, so a loop that was stopped in whatever way goes on from the last one as if it had
-not been.
+checkpoints (the replay buffer's groups in the run's folder, beside the metrics), so a loop that was
+stopped in whatever way goes on from the last one as if it had not been.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ..envs.episode import EpisodeSpec
 from ..primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
-from ..primitives.codec import encode
-from ..primitives.errors import NotFound
-from ..primitives.types import Datum, SamplingParams, Trajectory
-from .advantages import get_advantage
+from ..primitives.codec import decode, encode
+from ..primitives.errors import InvalidInput, NotFound
+from ..primitives.types import SamplingParams, Trajectory
+from .batch import hold_near, loss_config, make_batch, worth_training_on
 from .config import TrainConfig
-from .datums import (
-    mismatch_metrics,
-    on_policy_masks,
-    trajectory_datums,
-    truncated_importance_weights,
-)
+from .datums import mismatch_metrics, truncated_importance_weights
 from .evaluate import EvalResult, evaluate, is_success
+from .replay import Replay, ReplayState
 from .rollout import Group, RolloutCounts, Rollouts
+from .run_files import appending, checkpoint_name, forget_after, write_file, write_json
 from .run_folder import load_run, new_run_folder
-
-T = TypeVar("T")
+from .seeds import derived_seed
+from .stopping import Meanwhile, stop_on_signals, unless
 
 
 class Watcher:
@@ -102,7 +97,26 @@ async def train(
     about = {"env": config.env}
     if run_dir:
         about["run_dir"] = new_run_folder(run_dir)
-    training = await service.create_lora_training_client(
+    training = await _new_client(service, config, about)
+    folder = Path(run_dir) if run_dir else Path(service.home) / "runs" / training.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", {"run_id": training.run_id, "config": asdict(config)})
+    await training.save_state(checkpoint_name(0), user_metadata={"loop": asdict(_Loop())})
+    return await _train(service, training, config, folder, _Loop(), watch or Watcher())
+
+
+async def _new_client(
+    service: ServiceClient, config: TrainConfig, about: dict[str, Any]
+) -> TrainingClient:
+    if config.start:
+        started = await service.create_training_client_from_state(config.start, user_metadata=about)
+        if started.base_model != config.model:
+            await service.delete_training_run(started.run_id)
+            raise InvalidInput(
+                f"TrainConfig.start is a checkpoint of {started.base_model}, not of {config.model}"
+            )
+        return started
+    return await service.create_lora_training_client(
         config.model,
         rank=config.rank,
         alpha=config.alpha,
@@ -110,11 +124,6 @@ async def train(
         train_unembed=config.train_unembed,
         user_metadata=about,
     )
-    folder = Path(run_dir) if run_dir else Path(service.home) / "runs" / training.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "run.json", {"run_id": training.run_id, "config": asdict(config)})
-    await training.save_state(_name(0), user_metadata={"loop": asdict(_Loop())})
-    return await _train(service, training, config, folder, _Loop(), watch or Watcher())
 
 
 async def resume(
@@ -139,7 +148,7 @@ async def resume(
     newest = max(saved, key=lambda c: c.user_metadata["loop"]["step"])
     loop = _Loop(**newest.user_metadata["loop"])
     training = await service.resume_training_client(run_id, path=newest.path)
-    _truncate_metrics(folder / "metrics.jsonl", loop.step)
+    forget_after(folder / "metrics.jsonl", loop.step)
     return await _train(service, training, config, folder, loop, watch or Watcher())
 
 
@@ -153,36 +162,54 @@ async def _train(
 ) -> TrainResult:
     watch.started(training.run_id, folder, loop.step)
     live = await training.live_sampling_client().ready()
+    reference = await _reference(service, config)
     before = after = None
-    with _stop_on_signals() as stop, _appending(folder / "metrics.jsonl") as log:
+    with stop_on_signals() as stop, appending(folder / "metrics.jsonl") as log:
         workers = await service.create_env_client(config.model, config.num_env_workers)
         async with workers as env_client:
-            runner = _Runner(training, env_client, live, config, folder, loop, watch, log)
+            runner = _Runner(
+                training, env_client, live, reference, config, folder, loop, watch, log
+            )
             if loop.step == 0 and config.eval_episodes:
-                before = await _unless(stop, runner.evaluate())
-            async with runner.rollouts() as rollouts:
+                before = await unless(stop, runner.evaluate())
+            async with Meanwhile() as evaluations, runner.rollouts() as rollouts:
                 saved = loop.step
                 while loop.step < config.steps and not stop.is_set():
                     await runner.step(rollouts, stop)
                     if loop.step % config.checkpoint_every == 0:
                         await runner.checkpoint(rollouts)
                         saved = loop.step
-                    due = config.eval_every and loop.step % config.eval_every == 0
+                    evaluating = config.eval_every and config.eval_episodes
+                    due = evaluating and loop.step % config.eval_every == 0
                     if due and loop.step < config.steps and not stop.is_set():
-                        await _unless(stop, runner.evaluate())
+                        if config.deterministic:
+                            await unless(stop, runner.evaluate())
+                        else:
+                            await unless(stop, runner.evaluate_meanwhile(evaluations))
                 if loop.step > saved:
                     await runner.checkpoint(rollouts)
+                if not stop.is_set():
+                    await unless(stop, evaluations.finish())
             if config.eval_episodes and not stop.is_set():
-                after = await _unless(stop, runner.evaluate())
+                after = await unless(stop, runner.evaluate())
     totals = {
         "episodes": loop.episodes,
         "sampled_tokens": loop.sampled_tokens,
         "trained_tokens": loop.trained_tokens,
         "seconds": loop.seconds,
         **loop.counts,
+        **runner.replay_counts(),
     }
     stopped = loop.step < config.steps
     return TrainResult(training.run_id, folder, loop.step, stopped, before, after, totals)
+
+
+async def _reference(service: ServiceClient, config: TrainConfig) -> SamplingClient | None:
+    if not config.kl_coeff:
+        return None
+    if config.reference:
+        return await service.create_sampling_client(config.reference)
+    return await service.create_sampling_client(base_model=config.model)
 
 
 class _Runner:
@@ -193,16 +220,23 @@ class _Runner:
         training: TrainingClient,
         env_client: EnvClient,
         live: SamplingClient,
+        reference: SamplingClient | None,
         config: TrainConfig,
         folder: Path,
         loop: _Loop,
         watch: Watcher,
         log: Any,
     ) -> None:
-        self.training, self.env_client, self.live = training, env_client, live
+        self.training, self.env_client = training, env_client
+        self.live, self.reference = live, reference
         self.config, self.folder, self.loop = config, folder, loop
         self.watch, self.log = watch, log
-        self.advantage = get_advantage(config.advantage)
+        self.replay = Replay(
+            config.replay_staleness,
+            seed=config.seed,
+            state=_read_replay(folder, loop.step) if config.replay_groups else None,
+        )
+        self.limits = config.limits()
         self.counts_before = dict(loop.counts)
         self.turn = asyncio.Lock() if config.deterministic else nullcontext()
         self.version = 0
@@ -211,7 +245,10 @@ class _Runner:
 
     @asynccontextmanager
     async def rollouts(self) -> AsyncIterator[Rollouts]:
-        self.version = (await self.training.get_info()).version
+        info = await self.training.get_info()
+        self.version = info.version
+        if self.reference is not None:  # it needs room for one more token
+            self.limits = replace(self.limits, max_context=info.max_context_length - 1)
         rollouts = Rollouts(
             self._play,
             groups_per_step=self.config.groups_per_step,
@@ -219,6 +256,8 @@ class _Runner:
             max_staleness=self.config.max_staleness,
             oversubscription=self.config.oversubscription,
             max_replaced=round(self.config.max_replaced * self.config.groups_per_step),
+            keep=lambda group: worth_training_on(group, self.config),
+            total=(self.config.steps - self.loop.step) * self.config.groups_per_step,
             version=self.version,
             first_index=self.loop.next_index,
             redo=self.loop.outstanding,
@@ -237,14 +276,14 @@ class _Runner:
             EpisodeSpec(
                 env=self.config.env,
                 env_kwargs=self.config.env_kwargs,
-                seed=_seed(self.config.seed, 0, index),
+                seed=derived_seed(self.config.seed, 0, index),
                 policy=self.live,
                 sampling_params=SamplingParams(
                     max_tokens=self.config.max_tokens,
                     temperature=self.config.temperature,
-                    seed=_seed(self.config.seed, 1, index, member),
+                    seed=derived_seed(self.config.seed, 1, index, member),
                 ),
-                limits=self.config.limits(),
+                limits=self.limits,
             )
         )
 
@@ -261,54 +300,65 @@ class _Runner:
         """Train on one batch, unless `stop` is set before there is one."""
         config, loop = self.config, self.loop
         waiting_since = time.monotonic()
-        batch = await _unless(stop, rollouts.next_batch())
+        batch = await unless(stop, rollouts.next_batch())
         if batch is None:
             return
         waited = time.monotonic() - waiting_since
-        staleness = [self.version - group.oldest_version for group in batch]
-        datums, fresh = self._datums(batch)
-        metrics: dict[str, float] = {}
-        if datums:
-            if config.proximal_cap > 0:
-                proximal = await self.training.forward(
-                    datums, config.loss_fn, config.loss_fn_config, logprobs="loss"
-                )
-                metrics |= mismatch_metrics(datums, proximal, fresh)
-                datums = truncated_importance_weights(datums, proximal, config.proximal_cap)
-            forward_backward = self.training.forward_backward(
-                datums, config.loss_fn, config.loss_fn_config, logprobs="loss"
-            )
-            optim_step = self.training.optim_step(config.adam())
-            output, updated = await forward_backward, await optim_step
-            if config.proximal_cap <= 0:
-                metrics |= mismatch_metrics(datums, output, fresh)
-            metrics |= {name.replace(":", "_"): value for name, value in output.metrics.items()}
-            metrics |= updated.metrics
-        else:  # an environment that ends before the model speaks
-            updated = await self.training.optim_step(config.adam())
-        _write(self.folder / "trajectories" / f"{_name(loop.step + 1)}.msgpack", encode(batch))
-        self.version = updated.version
+        groups = batch
+        if config.replay_groups:
+            groups = batch + self.replay.draw(config.replay_groups, self.version)
+            self.replay.add(batch)
+        staleness = [self.version - group.oldest_version for group in groups]
+        metrics = await self._train_on(groups)
+        write_file(
+            self.folder / "trajectories" / f"{checkpoint_name(loop.step + 1)}.msgpack",
+            encode(batch),
+        )
         loop.step += 1
-        rollouts.advance(updated.version)
+        rollouts.advance(self.version)
         loop.counts = {
             name: self.counts_before[name] + value
             for name, value in asdict(rollouts.counts).items()
         }
         self._log_step(batch, staleness, waited, metrics)
 
-    def _datums(self, batch: list[Group]) -> tuple[list[Datum], list[np.ndarray]]:
-        """The batch's datums, and per datum which targets the learner's own version sampled."""
+    async def _train_on(self, groups: list[Group]) -> dict[str, float]:
+        """One optimizer step; its metrics."""
         config = self.config
-        datums, fresh = [], []
-        # The loss sums over tokens: weight by episodes, so that the gradient's scale does not
-        # depend on the batch's size.
-        weight = 1 / (config.groups_per_step * config.group_size)
-        for group in batch:
-            advantages = self.advantage(group.rewards) * weight
-            for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
-                datums += trajectory_datums(trajectory, float(advantage))
-                fresh += on_policy_masks(trajectory, self.version)
-        return datums, fresh
+        try:
+            batch = make_batch(groups, config, self.version)
+        except InvalidInput as error:
+            raise InvalidInput(f"step {self.loop.step + 1}: {error}") from None
+        if not batch.datums_D:  # the model never spoke, or there is nothing to imitate
+            updated = await self.training.optim_step(config.adam())
+            self.version = updated.version
+            return updated.metrics
+        metrics: dict[str, float] = {}
+        if self.reference is not None:
+            batch, metrics = await hold_near(batch, self.reference, config)
+        datums, settings = batch.datums_D, loss_config(config)
+        if config.proximal_cap > 0:
+            proximal = await self.training.forward(
+                datums, config.loss_fn, settings, logprobs="loss"
+            )
+            metrics |= mismatch_metrics(datums, proximal, batch.fresh_D)
+            datums = truncated_importance_weights(
+                datums,
+                proximal,
+                config.proximal_cap,
+                level=config.importance_level,
+                mask=config.importance_mask,
+            )
+        forward_backward = self.training.forward_backward(
+            datums, config.loss_fn, settings, logprobs="loss"
+        )
+        optim_step = self.training.optim_step(config.adam())
+        output, updated = await forward_backward, await optim_step
+        self.version = updated.version
+        if config.proximal_cap <= 0 and not config.imitates:
+            metrics |= mismatch_metrics(datums, output, batch.fresh_D)
+        metrics |= {name.replace(":", "_"): value for name, value in output.metrics.items()}
+        return metrics | updated.metrics
 
     def _log_step(
         self,
@@ -344,6 +394,7 @@ class _Runner:
             "step_s": seconds,
             "seconds": loop.seconds,
             **loop.counts,
+            **self.replay_counts(),
             **metrics,
         }
         self._append(row)
@@ -353,121 +404,75 @@ class _Runner:
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
 
+    def replay_counts(self) -> dict[str, int]:
+        if not self.config.replay_groups:
+            return {}
+        counts = asdict(self.replay.counts) | {"held": len(self.replay)}
+        return {f"replay_{name}": count for name, count in counts.items()}
+
     async def evaluate(self) -> EvalResult:
         """Play the held-out set with the weights as they are now, pinned."""
-        config, started = self.config, time.monotonic()
         policy = await self.training.save_weights_and_get_sampling_client()
+        result = await self._evaluate(policy, self.loop.step, None)
+        self.step_started = time.monotonic()
+        return result
+
+    async def evaluate_meanwhile(self, evaluations: Meanwhile) -> None:
+        """Begin the same beside the loop. An evaluation still under way is waited for first, so
+        that they never pile up; few episodes at a time, so that training hardly waits for them."""
+        policy = await self.training.save_weights_and_get_sampling_client()
+        share = max(1, self.config.groups_per_step * self.config.group_size // 4)
+        await evaluations.start(self._evaluate(policy, self.loop.step, share))
+
+    async def _evaluate(
+        self, policy: SamplingClient, step: int, max_concurrent: int | None
+    ) -> EvalResult:
+        config, started = self.config, time.monotonic()
         specs = [
             EpisodeSpec(
                 env=config.env,
                 env_kwargs={**config.env_kwargs, **config.eval_env_kwargs},
-                seed=_seed(config.seed, 2, number),
+                seed=derived_seed(config.seed, 2, number),
                 policy=policy,
                 sampling_params=SamplingParams(
                     max_tokens=config.max_tokens,
                     temperature=config.temperature,
-                    seed=_seed(config.seed, 3, number),
+                    seed=derived_seed(config.seed, 3, number),
                 ),
                 limits=config.limits(),
             )
             for number in range(config.eval_episodes)
         ]
-        result = await evaluate(self, specs, self.watch.eval_episode)
+        result = await evaluate(self, specs, self.watch.eval_episode, max_concurrent=max_concurrent)
         seconds = time.monotonic() - started
-        self._append({"step": self.loop.step, "eval": result.to_json(), "eval_s": seconds})
-        self.watch.evaluated(self.loop.step, result)
-        self.step_started = time.monotonic()
+        self._append({"step": step, "eval": result.to_json(), "eval_s": seconds})
+        self.watch.evaluated(step, result)
         return result
 
     async def checkpoint(self, rollouts: Rollouts) -> None:
         loop = self.loop
         loop.next_index, loop.outstanding = rollouts.next_index, rollouts.outstanding
+        held = self.folder / "replay" / f"{checkpoint_name(loop.step)}.msgpack"
+        if self.config.replay_groups:
+            write_file(held, encode(self.replay.state()))
         await self.training.save_state(
-            _name(loop.step), user_metadata={"loop": asdict(loop)}, overwrite=True
+            checkpoint_name(loop.step), user_metadata={"loop": asdict(loop)}, overwrite=True
         )
+        for old in held.parent.glob("*.msgpack"):  # only the newest checkpoint is gone on from
+            if old != held:
+                old.unlink()
 
 
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None where `stop` is set first; `work` is cancelled then."""
-    stopping, working = asyncio.create_task(stop.wait()), asyncio.create_task(work)
-    try:
-        await asyncio.wait((stopping, working), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        stopping.cancel()
-        working.cancel()
-        await asyncio.gather(stopping, working, return_exceptions=True)
-
-
-def _seed(*words: int) -> int:
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
+def _read_replay(folder: Path, step: int) -> ReplayState | None:
+    """The replay buffer as it was at the checkpoint of `step`; None at the start."""
+    if step == 0:
+        return None
+    path = folder / "replay" / f"{checkpoint_name(step)}.msgpack"
+    if not path.exists():
+        raise NotFound(f"the replay buffer of step {step} is missing: {path}")
+    return decode(path.read_bytes(), ReplayState)
 
 
 def _mean(values: Any) -> float:
     array = np.fromiter(values, float)
     return float(array.mean()) if len(array) else 0.0
-
-
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=1).encode())
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Forget the rows of steps after a checkpoint: they will be taken again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # cut short by a kill
-            break
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    _write(path, "".join(kept).encode())
-
-
-@contextmanager
-def _appending(path: Path) -> Iterator[Any]:
-    with path.open("a") as file:
-        yield file
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[asyncio.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second acts as ever."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    handled: list[tuple[signal.Signals, Any]] = []
-
-    def restore() -> None:
-        while handled:
-            number, previous = handled.pop()
-            loop.remove_signal_handler(number)
-            signal.signal(number, previous)
-
-    def request_stop() -> None:
-        stop.set()
-        restore()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous = signal.getsignal(number)
-        try:
-            loop.add_signal_handler(number, request_stop)
-        except (ValueError, RuntimeError, NotImplementedError):
-            continue  # not in the main thread (a notebook's .sync, for instance)
-        handled.append((number, previous))
-    try:
-        yield stop
-    finally:
-        restore()

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..primitives.errors import TinsmithError
-from . import chat, doctor, export, keys, plot, runs, serve, train
+from . import chat, doctor, envs, export, keys, plot, runs, serve, sft, train
 
 
 class _Commands(TyperGroup):
@@ -31,11 +31,13 @@ app = typer.Typer(
 )
 app.command()(doctor.doctor)
 app.command()(train.train)
+app.command()(sft.sft)
 app.command()(runs.runs)
 app.command()(plot.plot)
 app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(export.export)
+app.add_typer(envs.app, name="envs")
 app.add_typer(keys.app, name="keys")
 
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..actors.registry import Registry
-from ..algorithms.run_folder import load_run
+from ..algorithms.run_folder import run_id_of
 from ..primitives.errors import NotFound
 from ..primitives.paths import SCHEME, CheckpointPath
 from ..primitives.types import TrainingRun
@@ -37,7 +37,7 @@ def find_run(registry: Registry, name: str) -> TrainingRun:
         NotFound: no such run.
     """
     if Path(name).is_dir():
-        name, _ = load_run(name)
+        name = run_id_of(name)
     known = {run.run_id: run for run in registry.runs()}
     if name not in known:
         near = get_close_matches(name, known, 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.paths import default_home
 
 Home = Annotated[
@@ -30,6 +33,57 @@ Address = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(show_default="runs/<run id> at home", help="Folder for the run's files."),
+]
+Resume = Annotated[
+    Path | None, typer.Option(help="A run folder to go on with; --steps sets another end.")
+]
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="A module that registers environments."),
+]
+EnvName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="As `tinsmith envs` lists it, LIBRARY:ID, or package.module:Class."
+    ),
+]
+EnvKwargs = Annotated[
+    str, typer.Option("--env-kwargs", metavar="JSON", help="What the environment is made with.")
+]
+
+
+def import_environments(modules: list[str] | None) -> None:
+    """Import the modules that `--import` names; those in the current folder are found.
+
+    Raises:
+        NotFound: no such module.
+    """
+    sys.path.insert(0, str(Path.cwd()))
+    for module in modules or []:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            # A module missing inside the user's own module is that module's failure.
+            if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+                raise NotFound(f"--import {module}: there is no module {error.name!r}") from None
+            raise
+
+
+def parse_env_kwargs(text: str) -> dict[str, Any]:
+    """
+    Raises:
+        InvalidInput: not a JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"--env-kwargs is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidInput(f"--env-kwargs must be a JSON object, got {text}")
+    return value
 
 
 def print_json(value: Any) -> None:

@@ -51,7 +51,7 @@ def _list(home: Path, as_json: bool) -> None:
     elif not rows:
         typer.echo(f"no runs in {home} yet; `tinsmith train` starts one")
     else:
-        columns = ["run", "model", "environment", "created", "checkpoints"]
+        columns = ["run", "model", "environment or data", "created", "checkpoints"]
         print_table(f"runs in {home}", columns, [_row(facts) for facts in rows])
 
 
@@ -59,7 +59,7 @@ def _row(facts: dict[str, Any]) -> list[str]:
     return [
         facts["run_id"],
         facts["base_model"],
-        facts["user_metadata"].get("env", ""),
+        facts["user_metadata"].get("env") or facts["user_metadata"].get("data", ""),
         _when(facts["created"]),
         str(facts["checkpoints"]),
     ]

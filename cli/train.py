@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,30 +11,29 @@ import typer
 from rich.console import Console
 
 from ..algorithms.config import TrainConfig
-from ..algorithms.run_folder import load_run
 from ..envs.registry import find
-from ..primitives.errors import InvalidInput, NotFound
-from .config import load_config, with_config_flags
-from .options import Address, AsJson, Home, print_json
+from .config import chosen_config, with_config_flags
+from .options import (
+    Address,
+    AsJson,
+    Home,
+    Imports,
+    Resume,
+    RunDir,
+    import_environments,
+    print_json,
+)
 
 
-@with_config_flags
+@with_config_flags(TrainConfig)
 def train(
     home: Home,
     file: Annotated[
         Path | None, typer.Argument(metavar="[RUN.TOML]", help="The run's config; flags override.")
     ] = None,
-    run_dir: Annotated[
-        Path | None,
-        typer.Option(show_default="runs/<run id> at home", help="Folder for the run's files."),
-    ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="A run folder to go on with; --steps sets another end.")
-    ] = None,
-    imports: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="A module that registers environments."),
-    ] = None,
+    run_dir: RunDir = None,
+    resume: Resume = None,
+    imports: Imports = None,
     address: Address = None,
     as_json: AsJson = False,
     **flags: Any,
@@ -50,18 +46,8 @@ def train(
     An environment is a bundled one, one that --import registers, gymnasium:ID or
     package.module:Class; modules in the current folder are found.
     """
-    sys.path.insert(0, str(Path.cwd()))
-    for module in imports or []:
-        _import(module)
-    given = {name: value for name, value in flags.items() if value is not None}
-    if resume is None:
-        config = load_config(file, given)
-    else:
-        if file is not None or run_dir is not None or given.keys() - {"steps"}:
-            raise InvalidInput(
-                "--resume goes on with the run's own config: of it, give only --steps"
-            )
-        config = replace(load_run(resume)[1], **given)
+    import_environments(imports)
+    config = chosen_config(TrainConfig, file, flags, run_dir, resume)
     if ":" not in config.env:
         find(config.env)  # a wrong name is better told now than when the model is loaded
     console = Console(stderr=as_json)
@@ -94,13 +80,3 @@ async def _run(
             else:
                 result = await loop.train(service, config, run_dir=run_dir, watch=watch)
     return report(console, config, result, time.monotonic() - started)
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # A module missing inside the user's own module is that module's failure.
-        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
-            raise NotFound(f"--import {module}: there is no module {error.name!r}") from None
-        raise

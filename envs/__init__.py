@@ -13,25 +13,40 @@ if TYPE_CHECKING:
     from .core import Env
     from .episode import EpisodeLimits, EpisodeSpec, play_episode
     from .isolation import EnvPool
+    from .match import MatchSpec, play_match
+    from .multi_agent import MultiAgentEnv
     from .registry import make, names, register
     from .renderer import ChatRenderer, Conversation
+    from .retrieval import Corpus
+    from .retrieval_qa import RetrievalQA, load_questions
+    from .sandbox import PythonSandbox, SandboxLimits
+    from .scripted import Scripted
     from .text_stream import TextStream
     from .tools import ToolEnv, ToolSet
 
 _HOME_OF = {
     "ChatRenderer": "renderer",
     "Conversation": "renderer",
+    "Corpus": "retrieval",
     "Env": "core",
     "EnvPool": "isolation",
     "EpisodeLimits": "episode",
     "EpisodeSpec": "episode",
+    "PythonSandbox": "sandbox",
+    "RetrievalQA": "retrieval_qa",
+    "SandboxLimits": "sandbox",
+    "MatchSpec": "match",
+    "MultiAgentEnv": "multi_agent",
+    "Scripted": "scripted",
     "TextStream": "text_stream",
     "ToolEnv": "tools",
     "ToolSet": "tools",
     "check_env": "check",
+    "load_questions": "retrieval_qa",
     "make": "registry",
     "names": "registry",
     "play_episode": "episode",
+    "play_match": "match",
     "register": "registry",
 }
 

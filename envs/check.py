@@ -10,13 +10,14 @@ from typing import Any
 from ..primitives.errors import InvalidInput
 from ..primitives.sync import run_blocking
 from .core import Env, checked_reset, checked_step
+from .multi_agent import MultiAgentEnv, Referee, Transition
 from .registry import make
 
 _Turn = tuple[Any, ...]
 
 
 def check_env(
-    env: str | Env,
+    env: str | Env | MultiAgentEnv,
     *,
     actions: Sequence[str] = ("hello", "1", ""),
     seed: int = 0,
@@ -24,16 +25,23 @@ def check_env(
 ) -> None:
     """Play `actions` in an environment, given by name and arguments or as an object, and say
     everything that is wrong with it: signatures, shapes and types of what it returns, info that
-    is not plain data, another outcome for the same seed and actions.
+    is not plain data, another outcome for the same seed and actions. In a game every agent that
+    is to act takes the same action; then its first one forfeits.
 
     Raises:
         InvalidInput: listing what is wrong.
     """
-    problems = _signature_problems(env if isinstance(env, Env) else make(env, **kwargs))
+
+    def made() -> Env | MultiAgentEnv:
+        return make(env, **kwargs) if isinstance(env, str) else env
+
+    tried = made()
+    problems = _signature_problems(tried)
     if not problems:
         try:
-            first = _play(env if isinstance(env, Env) else make(env, **kwargs), actions, seed)
-            again = _play(env if isinstance(env, Env) else make(env, **kwargs), actions, seed)
+            first, again = _play(made(), actions, seed), _play(made(), actions, seed)
+            if isinstance(tried, MultiAgentEnv):
+                _forfeit(tried, seed)
         except InvalidInput as error:
             problems.append(str(error))
         else:
@@ -45,27 +53,32 @@ def check_env(
 
 
 def _signature_problems(env: Any) -> list[str]:
+    game = isinstance(env, MultiAgentEnv)
+    step = "actions" if game else "action"
+    wanted: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+        "reset": ("reset(*, seed=None, options=None)", [], {"seed": 0, "options": None}),
+        "step": (f"step({step})", [step], {}),
+        "close": ("close()", [], {}),
+    }
+    if game:
+        wanted["forfeit"] = ("forfeit(failures)", ["failures"], {})
     problems = []
-    for method, example in (("reset", {"seed": 0, "options": None}), ("step", {}), ("close", {})):
+    for method, (form, positional, keywords) in wanted.items():
         function = getattr(env, method, None)
         if function is None:
             problems.append(f"there is no method {method}")
             continue
-        positional = ["action"] if method == "step" else []
         try:
-            inspect.signature(function).bind(*positional, **example)
+            inspect.signature(function).bind(*positional, **keywords)
         except TypeError as error:
-            wanted = {
-                "reset": "reset(*, seed=None, options=None)",
-                "step": "step(action)",
-                "close": "close()",
-            }[method]
-            problems.append(f"{method} cannot be called as {wanted}: {error}")
+            problems.append(f"{method} cannot be called as {form}: {error}")
     return problems
 
 
-def _play(env: Env, actions: Sequence[str], seed: int) -> list[_Turn]:
-    """(messages, info) of the reset, then (messages, reward, terminated, truncated, info)s."""
+def _play(env: Env | MultiAgentEnv, actions: Sequence[str], seed: int) -> list[_Turn]:
+    """Of the reset and every step, what was returned, checked; the info last."""
+    if isinstance(env, MultiAgentEnv):
+        return _play_game(env, actions, seed)
     turns: list[_Turn] = [checked_reset(_settle(env.reset(seed=seed, options=None)))]
     for action in actions:
         turn = checked_step(_settle(env.step(action)))
@@ -74,6 +87,32 @@ def _play(env: Env, actions: Sequence[str], seed: int) -> list[_Turn]:
             break
     _settle(env.close())
     return turns
+
+
+def _play_game(env: MultiAgentEnv, actions: Sequence[str], seed: int) -> list[_Turn]:
+    def turn(transition: Transition) -> _Turn:
+        of = transition
+        return of.observations, of.rewards, of.terminations, of.truncations, of.infos
+
+    referee = Referee(env.possible_agents)
+    turns = [turn(referee.reset(_settle(env.reset(seed=seed, options=None))))]
+    for action in actions:
+        if not referee.acting:
+            break
+        result = _settle(env.step(dict.fromkeys(referee.acting, action)))
+        turns.append(turn(referee.step(result)))
+    _settle(env.close())
+    return turns
+
+
+def _forfeit(env: MultiAgentEnv, seed: int) -> None:
+    referee = Referee(env.possible_agents)
+    referee.reset(_settle(env.reset(seed=seed, options=None)))
+    if referee.acting:
+        failed = referee.acting[0]
+        result = _settle(env.forfeit({failed: "a check of the environment"}))
+        referee.forfeit(result, [failed])
+    _settle(env.close())
 
 
 def _settle(value: Any) -> Any:

@@ -109,7 +109,7 @@ def checked_reset(result: Any) -> tuple[list[Message], dict[str, Any]]:
     if not isinstance(result, tuple) or len(result) != 2:
         raise InvalidInput(f"reset must return (observation, info), got {result!r:.200}")
     observation, info = result
-    return as_messages(observation), _checked_info("reset", info)
+    return as_messages(observation), checked_info("reset: info", info)
 
 
 def checked_step(result: Any) -> tuple[list[Message], float, bool, bool, dict[str, Any]]:
@@ -124,23 +124,33 @@ def checked_step(result: Any) -> tuple[list[Message], float, bool, bool, dict[st
             f"got {result!r:.200}"
         )
     observation, reward, terminated, truncated, info = result
-    flags = []
-    for name, flag in (("terminated", terminated), ("truncated", truncated)):
-        # numpy's bool is as good as Python's, and is not a subclass of it
-        if type(flag).__name__ not in ("bool", "bool_"):
-            raise InvalidInput(f"step: {name} must be a bool, got {flag!r:.200}")
-        flags.append(bool(flag))
+    flags = [
+        checked_flag("step: terminated", terminated),
+        checked_flag("step: truncated", truncated),
+    ]
+    value = checked_reward("step: reward", reward)
+    messages = as_messages(observation, last=any(flags))
+    return messages, value, flags[0], flags[1], checked_info("step: info", info)
+
+
+def checked_flag(where: str, flag: Any) -> bool:
+    # numpy's bool is as good as Python's, and is not a subclass of it
+    if type(flag).__name__ not in ("bool", "bool_"):
+        raise InvalidInput(f"{where} must be a bool, got {flag!r:.200}")
+    return bool(flag)
+
+
+def checked_reward(where: str, reward: Any) -> float:
     try:
         value = float(reward)
     except (TypeError, ValueError):
-        raise InvalidInput(f"step: reward must be a number, got {reward!r:.200}") from None
+        raise InvalidInput(f"{where} must be a number, got {reward!r:.200}") from None
     if not math.isfinite(value):
-        raise InvalidInput(f"step: reward must be finite, got {value}")
-    messages = as_messages(observation, last=any(flags))
-    return messages, value, flags[0], flags[1], _checked_info("step", info)
+        raise InvalidInput(f"{where} must be finite, got {value}")
+    return value
 
 
-def _checked_info(method: str, info: Any) -> dict[str, Any]:
+def checked_info(where: str, info: Any) -> dict[str, Any]:
     if not isinstance(info, dict):
-        raise InvalidInput(f"{method}: info must be a dict, got a {type(info).__name__}")
+        raise InvalidInput(f"{where} must be a dict, got a {type(info).__name__}")
     return info

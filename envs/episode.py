@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import hashlib
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..primitives.client import SamplingClient
-from ..primitives.errors import EnvironmentFailure, InvalidInput
+from ..primitives.errors import InvalidInput
 from ..primitives.sync import SyncClient
 from ..primitives.types import SamplingParams, Trajectory
 from .fork_server import EnvSource
-from .isolation import EnvPool, EnvProcess
+from .isolation import EnvPool
+from .playing import Seat, play
 from .registry import pickled_factory
-from .renderer import ChatRenderer, Conversation
+from .renderer import ChatRenderer
 
 
 @dataclass(frozen=True)
@@ -70,82 +67,27 @@ class EpisodeSpec:
 
 
 async def play_episode(pool: EnvPool, renderer: ChatRenderer, spec: EpisodeSpec) -> Trajectory:
-    """Play one episode to its end.
+    """Play one episode of an environment with one agent to its end.
 
     The trajectory's `info` is the environment's last one with `turns` added.
 
     Raises:
         EnvironmentFailure: the environment raised, hung, died or used too much memory, or the
             episode took too long.
-        NotFound, InvalidInput: no such environment, or not with these arguments.
+        NotFound, InvalidInput: no such environment, or not with these arguments, or it has
+            several agents.
     """
-    limits = spec.limits
-    progress = _Progress()
-    try:
-        async with (
-            asyncio.timeout(limits.episode_seconds),
-            pool.open(
-                spec.source,
-                spec.env_kwargs,
-                step_seconds=limits.step_seconds,
-                memory_bytes=limits.memory_bytes,
-            ) as env,
-        ):
-            return await _play(env, renderer, spec, progress)
-    except TimeoutError:
-        raise EnvironmentFailure(
-            f"environment {spec.env!r}: the episode was not over within "
-            f"{limits.episode_seconds:g} s; it was {progress.doing}"
-        ) from None
 
+    def seats(agents: Sequence[str]) -> dict[str, Seat]:
+        if len(agents) > 1:
+            raise InvalidInput(
+                f"environment {spec.env!r} is a game of the agents {', '.join(agents)}: play it "
+                "with a MatchSpec, and bind each of them to a policy"
+            )
+        params = spec.sampling_params
+        seed = str(spec.seed if params.seed is None else params.seed)
+        return {agents[0]: Seat(spec.policy, renderer, params, seed)}
 
-@dataclass
-class _Progress:
-    doing: str = "waiting for its environment's process"
-
-
-async def _play(
-    env: EnvProcess, renderer: ChatRenderer, spec: EpisodeSpec, progress: _Progress
-) -> Trajectory:
-    started = time.monotonic()
-    options = None if spec.options is None else dict(spec.options)
-    messages, info = await env.reset(spec.seed, options)
-    conversation = renderer.start(messages, env.tool_schemas)
-    rewards: list[float] = []
-    terminated = truncated = False
-    max_context = spec.limits.max_context or renderer.max_context
-    while not (terminated or truncated):
-        if not _fits(conversation, spec.sampling_params, max_context):
-            truncated = True
-            break
-        turn = len(rewards)
-        progress.doing = f"waiting for the policy in turn {turn + 1}"
-        response = await spec.policy.sample(conversation.prompt, 1, _turn_params(spec, turn))
-        action = conversation.add_turn(response.sequences[0])
-        progress.doing = f"waiting for the environment in turn {turn + 1}"
-        step = await env.step(action)
-        rewards.append(step.reward)
-        info, terminated = step.info, step.terminated
-        truncated = step.truncated or (not terminated and len(rewards) == spec.limits.max_turns)
-        conversation.add_messages(step.messages, last=terminated or truncated)
-    return Trajectory(
-        segments=conversation.segments(),
-        rewards=rewards,
-        terminated=terminated,
-        truncated=truncated,
-        messages=conversation.messages,
-        info={**info, "turns": len(rewards)},
-        seed=spec.seed,
-        seconds=time.monotonic() - started,
-    )
-
-
-def _fits(conversation: Conversation, params: SamplingParams, max_context: int | None) -> bool:
-    return max_context is None or len(conversation) + (params.max_tokens or 1) <= max_context
-
-
-def _turn_params(spec: EpisodeSpec, turn: int) -> SamplingParams:
-    seed = spec.seed if spec.sampling_params.seed is None else spec.sampling_params.seed
-    digest = hashlib.blake2b(f"{seed} {turn}".encode(), digest_size=6).digest()
-    # 48 bits: exact as a JSON number, and taken by every generator.
-    return dataclasses.replace(spec.sampling_params, seed=int.from_bytes(digest))
+    match = await play(pool, spec, seats)
+    (trajectory,) = match.trajectories.values()
+    return trajectory

@@ -22,12 +22,14 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ..primitives.errors import InvalidInput, NotFound
-from .core import Env, checked_reset, checked_step
+from .game import Game
+from .multi_agent import Transition
 from .registry import EnvFactory, construct, find
+from .scripted import Script, Scripted
 
 MAX_REPLY_BYTES = 16 << 20
 HEADER = struct.Struct("!I")
@@ -36,10 +38,22 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 @dataclass(frozen=True)
 class EnvSource:
-    """Where a server finds its environment: by name, or the factory itself, pickled."""
+    """Where a server finds its environment: by name, or the factory itself, pickled. `scripts`
+    are the agents that are played in its process."""
 
     name: str
     factory: bytes | None = None
+    scripts: tuple[tuple[str, Scripted], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What every episode begins with: the imports are done."""
+
+    name: str
+    factory: EnvFactory | None = None
+    scripts: dict[str, Script] = field(default_factory=dict)
+    failure: dict[str, Any] = field(default_factory=dict)
 
 
 class Hangup(Exception):
@@ -76,30 +90,23 @@ def main(control_fd: int) -> None:
         return
     loaded = _load(source)
     _die_with_parent(0)
-    _Server(control, source.name, *loaded).run()
+    _Server(control, loaded).run()
 
 
-def _load(source: EnvSource) -> tuple[EnvFactory | None, dict[str, Any]]:
+def _load(source: EnvSource) -> _Loaded:
     try:
-        if source.factory is not None:
-            return pickle.loads(source.factory), {}
-        return find(source.name), {}
+        pickled = source.factory
+        factory = find(source.name) if pickled is None else pickle.loads(pickled)
+        scripts = {agent: pickle.loads(script.pickled) for agent, script in source.scripts}
+        return _Loaded(source.name, factory, scripts)
     except BaseException as error:
-        return None, _failure("load", error)
+        return _Loaded(source.name, failure=_failure("load", error))
 
 
 class _Server:
-    def __init__(
-        self,
-        control: socket.socket,
-        name: str,
-        factory: EnvFactory | None,
-        load_failure: dict[str, Any],
-    ) -> None:
+    def __init__(self, control: socket.socket, loaded: _Loaded) -> None:
         self.control = control
-        self.name = name
-        self.factory = factory
-        self.load_failure = load_failure
+        self.loaded = loaded
         self.children: dict[int, socket.socket] = {}
 
     def run(self) -> None:
@@ -150,7 +157,7 @@ class _Server:
                 other.close()
             if "numpy" in sys.modules:  # Python's own generator reseeds itself on a fork
                 sys.modules["numpy"].random.seed()
-            _Episode(connection, self.name, self.factory, self.load_failure).run()
+            _Episode(connection, self.loaded).run()
             code = 0
         except Hangup:
             code = 0
@@ -190,20 +197,12 @@ class _Server:
 
 
 class _Episode:
-    """One environment, answering its worker's requests until the worker hangs up."""
+    """One match, answering its worker's requests until the worker hangs up."""
 
-    def __init__(
-        self,
-        connection: socket.socket,
-        name: str,
-        factory: EnvFactory | None,
-        load_failure: dict[str, Any],
-    ) -> None:
+    def __init__(self, connection: socket.socket, loaded: _Loaded) -> None:
         self.connection = connection
-        self.name = name
-        self.factory = factory
-        self.load_failure = load_failure
-        self.env: Env = Env()
+        self.loaded = loaded
+        self.game: Game
         self.loop: Any = None
 
     def run(self) -> None:
@@ -211,6 +210,7 @@ class _Episode:
             "make": self._make,
             "reset": self._reset,
             "step": self._step,
+            "forfeit": self._forfeit,
             "close": self._close,
         }
         method = "make"
@@ -228,32 +228,30 @@ class _Episode:
                 body = json.dumps(_failure(method, error)).encode()
             send_frame(self.connection, body)
 
-    def _make(self, kwargs: dict[str, Any], memory_bytes: int | None) -> dict[str, Any]:
-        if self.factory is None:
-            return self.load_failure
+    def _make(
+        self, kwargs: dict[str, Any], memory_bytes: int | None, max_turns: int | None
+    ) -> dict[str, Any]:
+        if self.loaded.factory is None:
+            return self.loaded.failure
         if memory_bytes is not None:
             _limit_memory(memory_bytes)
         try:
-            self.env = construct(self.name, self.factory, kwargs)
+            self.env = construct(self.loaded.name, self.loaded.factory, kwargs)
         except (InvalidInput, NotFound) as error:
             return _failure("load", error)
-        return {"tools": getattr(self.env, "tool_schemas", None)}
+        self.game = Game(self.env, self.loaded.scripts, max_turns, self._settle)
+        return {"agents": self.game.agents, "tools": self.game.tools}
 
     def _reset(self, seed: int | None, options: dict[str, Any] | None) -> dict[str, Any]:
-        result = self._settle(self.env.reset(seed=seed, options=options))
-        messages, info = checked_reset(result)
-        return {"messages": messages, "info": info}
+        told = _told(self.game.reset(seed, options))
+        # Again, because the tools of a server are known only once it runs.
+        return {**told, "tools": self.game.tools}
 
-    def _step(self, action: str) -> dict[str, Any]:
-        result = self._settle(self.env.step(action))
-        messages, reward, terminated, truncated, info = checked_step(result)
-        return {
-            "messages": messages,
-            "reward": reward,
-            "terminated": terminated,
-            "truncated": truncated,
-            "info": info,
-        }
+    def _step(self, actions: dict[str, str]) -> dict[str, Any]:
+        return _told(self.game.step(actions))
+
+    def _forfeit(self, failures: dict[str, str]) -> dict[str, Any]:
+        return _told(self.game.forfeit(failures))
 
     def _close(self) -> dict[str, Any]:
         self._settle(self.env.close())
@@ -272,6 +270,10 @@ class _Episode:
             return await value
 
         return self.loop.run_until_complete(settle())
+
+
+def _told(transitions: list[Transition]) -> dict[str, Any]:
+    return {"transitions": [vars(transition) for transition in transitions]}
 
 
 def _failure(phase: str, error: BaseException) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 from ..primitives.errors import EnvironmentFailure, InvalidInput, NotFound
 from ..primitives.types import Message
 from .fork_server import HEADER, EnvSource
+from .multi_agent import Transition
 
 LOAD_SECONDS = 60.0
 """How long importing an environment's module may take; once, not per episode."""
@@ -67,6 +68,7 @@ class EnvPool:
         source: EnvSource,
         kwargs: Mapping[str, Any],
         *,
+        max_turns: int | None = None,
         step_seconds: float = 30.0,
         memory_bytes: int | None = 2 << 30,
     ) -> AsyncIterator[EnvProcess]:
@@ -74,8 +76,9 @@ class EnvPool:
         that it started.
 
         Args:
-            source: which environment.
+            source: which environment, and the agents that are played in its process.
             kwargs: what it is made with.
+            max_turns: turns after which a script is not asked again.
             step_seconds: how long making it, `reset` and each `step` may take.
             memory_bytes: of its process, above which allocations fail; None: unlimited.
 
@@ -90,7 +93,7 @@ class EnvPool:
             try:
                 process = await server.fork(step_seconds)
                 try:
-                    await process.make(dict(kwargs), memory_bytes)
+                    await process.make(dict(kwargs), max_turns, memory_bytes)
                     server.loaded = True
                     yield process
                     await process.close()
@@ -143,7 +146,10 @@ class _Server:
     def __init__(self, source: EnvSource) -> None:
         self.users = 0
         self.loaded = False
-        self.name = source.name
+        self.where = f"environment {source.name!r}"
+        if source.scripts:
+            played = ", ".join(f"{agent!r} by {script!r}" for agent, script in source.scripts)
+            self.where += f" (where {played} is played)"
         self.control, theirs = socket.socketpair()
         module = f"{__package__}.fork_server"
         arguments = [json.dumps([str(path) for path in sys.path]), module, str(theirs.fileno())]
@@ -186,8 +192,7 @@ class _Server:
             await asyncio.to_thread(self.process.wait, 1.0)
         doing = "plays its episodes" if self.loaded else "imports it"
         return EnvironmentFailure(
-            f"environment {self.name!r}: the process that {doing} "
-            f"{_describe_exit(self.process.returncode)}"
+            f"{self.where}: the process that {doing} {_describe_exit(self.process.returncode)}"
         )
 
 
@@ -207,36 +212,64 @@ class EnvProcess:
         self.step_seconds = step_seconds
         self.memory_bytes: int | None = None
         self.steps = 0
-        self.tool_schemas: list[dict[str, Any]] | None = None
+        self.agents: list[str] = []
+        self.tools: dict[str, list[dict[str, Any]] | None] = {}
 
-    async def make(self, kwargs: dict[str, Any], memory_bytes: int | None) -> None:
+    async def make(
+        self, kwargs: dict[str, Any], max_turns: int | None, memory_bytes: int | None
+    ) -> None:
         self.memory_bytes = memory_bytes
         # The first episodes of an environment wait for its module to be imported.
         seconds = self.step_seconds if self.server.loaded else LOAD_SECONDS
-        request = {"kwargs": kwargs, "memory_bytes": memory_bytes}
+        request = {
+            "kwargs": kwargs,
+            "max_turns": max_turns,
+            "memory_bytes": memory_bytes,
+        }
         reply = await self._call("make", request, seconds)
-        self.tool_schemas = reply["tools"]
+        self.agents, self.tools = reply["agents"], reply["tools"]
+
+    async def begin(self, seed: int | None, options: dict[str, Any] | None) -> list[Transition]:
+        """Reset it, and let scripts play up to where one of the other agents is to act.
+
+        Raises:
+            EnvironmentFailure: it, or a script, raised, hung, died or ran out of memory.
+        """
+        return await self._play("reset", {"seed": seed, "options": options})
+
+    async def act(self, actions: dict[str, str]) -> list[Transition]:
+        """Play the turns of the agents that are to act and have no script; then as `begin`."""
+        self.steps += 1
+        return await self._play("step", {"actions": actions})
+
+    async def forfeit(self, failures: dict[str, str]) -> list[Transition]:
+        """Tell why agents that are to act cannot; then as `begin`."""
+        return await self._play("forfeit", {"failures": failures})
+
+    async def _play(self, method: str, request: dict[str, Any]) -> list[Transition]:
+        reply = await self._call(method, request, self.step_seconds)
+        self.tools = reply.get("tools", self.tools)
+        return [Transition(**transition) for transition in reply["transitions"]]
 
     async def reset(
         self, seed: int | None, options: dict[str, Any] | None
     ) -> tuple[list[Message], dict[str, Any]]:
-        """The first messages and info.
-
-        Raises:
-            EnvironmentFailure: it raised, hung, died or ran out of memory.
-        """
-        request = {"seed": seed, "options": options}
-        reply = await self._call("reset", request, self.step_seconds)
-        return reply["messages"], reply["info"]
+        """The first messages and info of an environment with one agent; raises as `begin`."""
+        (transition,) = await self.begin(seed, options)
+        (agent,) = self.agents
+        return transition.observations[agent], transition.infos.get(agent, {})
 
     async def step(self, action: str) -> Step:
-        """Play the policy's turn.
-
-        Raises:
-            EnvironmentFailure: it raised, hung, died or ran out of memory.
-        """
-        self.steps += 1
-        return Step(**await self._call("step", {"action": action}, self.step_seconds))
+        """Play a turn in an environment with one agent; raises as `begin`."""
+        (agent,) = self.agents
+        (transition,) = await self.act({agent: action})
+        return Step(
+            transition.observations.get(agent, []),
+            transition.rewards.get(agent, 0.0),
+            transition.terminations.get(agent, False),
+            transition.truncations.get(agent, False),
+            transition.infos.get(agent, {}),
+        )
 
     async def close(self) -> None:
         # The episode is over and its trajectory complete: a failure here costs nothing.
@@ -248,7 +281,7 @@ class EnvProcess:
         self.writer.transport.abort()
 
     async def _call(self, method: str, arguments: dict[str, Any], seconds: float) -> dict[str, Any]:
-        where = f"environment {self.server.name!r}"
+        where = self.server.where
         doing = f"step {self.steps}" if method == "step" else method
         try:
             async with asyncio.timeout(seconds):

@@ -4,7 +4,9 @@
     class Guess(tinsmith.envs.Env): ...
 
 `make("guess")` finds, in this order: names registered in this process; bundled ones; entry points
-of the group `tinsmith.envs`; `gymnasium:<id>`; `package.module:Class`.
+of the group `tinsmith.envs`; a library's, behind its prefix (`gymnasium:<id>`,
+`pettingzoo:<module>`, `reasoning_gym:<dataset>`, `textarena:<id>`, `verifiers:<taskset>`);
+`package.module:Class`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,21 @@ from typing import Any, TypeVar, overload
 
 from ..primitives.errors import InvalidInput, NotFound
 from .core import Env
+from .multi_agent import MultiAgentEnv
 
-EnvFactory = Callable[..., Env]
+EnvFactory = Callable[..., Env | MultiAgentEnv]
 F = TypeVar("F", bound=EnvFactory)
 
 ENTRY_POINT_GROUP = "tinsmith.envs"
-BUNDLED = {"calculator": ".calculator:Calculator"}
+BUNDLED = {"calculator": ".calculator:Calculator", "python": ".python_math:PythonMath"}
+ADAPTERS = {
+    "gymnasium": ".gymnasium_adapter:find_gymnasium",
+    "pettingzoo": ".pettingzoo_adapter:find_pettingzoo",
+    "reasoning_gym": ".reasoning_gym_adapter:find_reasoning_gym",
+    "textarena": ".textarena_adapter:find_textarena",
+    "verifiers": ".verifiers_adapter:find_verifiers",
+}
+"""Prefix of a library's environments -> what finds one by the rest of its name."""
 
 _registered: dict[str, EnvFactory] = {}
 _pickled: dict[str, bytes] = {}
@@ -70,10 +81,10 @@ def find(name: str) -> EnvFactory:
     if name in BUNDLED:
         module, attribute = BUNDLED[name].split(":")
         return getattr(importlib.import_module(module, __package__), attribute)
-    if name.startswith("gymnasium:"):
-        from .gymnasium_adapter import find_gymnasium
-
-        return find_gymnasium(name.removeprefix("gymnasium:"))
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in ADAPTERS:
+        module, attribute = ADAPTERS[prefix].split(":")
+        return getattr(importlib.import_module(module, __package__), attribute)(rest)
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return point.load()
     if ":" in name:
@@ -101,7 +112,7 @@ def _imported(path: str) -> EnvFactory:
     return factory
 
 
-def make(name: str, **kwargs: Any) -> Env:
+def make(name: str, **kwargs: Any) -> Env | MultiAgentEnv:
     """A new environment, in this process.
 
     Raises:
@@ -111,7 +122,7 @@ def make(name: str, **kwargs: Any) -> Env:
     return construct(name, find(name), kwargs)
 
 
-def construct(name: str, factory: EnvFactory, kwargs: dict[str, Any]) -> Env:
+def construct(name: str, factory: EnvFactory, kwargs: dict[str, Any]) -> Env | MultiAgentEnv:
     """Call the factory, refusing arguments that its signature does not have."""
     try:
         inspect.signature(factory).bind(**kwargs)

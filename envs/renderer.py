@@ -71,9 +71,14 @@ class ChatRenderer:
         return Conversation(self, messages, tools)
 
     def text(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        generation_prompt: bool = True,
     ) -> str:
-        """The prompt for the model's next turn.
+        """The prompt for the model's next turn; without `generation_prompt`, the conversation as it
+        stands.
 
         Raises:
             InvalidInput: the chat template refuses these messages.
@@ -82,7 +87,7 @@ class ChatRenderer:
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=None if tools is None else list(tools),
-                add_generation_prompt=True,
+                add_generation_prompt=generation_prompt,
                 tokenize=False,
                 **self.template_kwargs,
             )

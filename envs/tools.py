@@ -1,4 +1,4 @@
-"""Tools as plain typed Python functions, and environments around them.
+"""Tools, most simply plain typed Python functions, and environments around them.
 
     def add(a: int, b: int) -> int:
         '''Add two numbers.
@@ -12,7 +12,8 @@
     ToolSet([add]).schemas     # for the chat template
     await ToolSet([add]).run('<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>')
 
-Whatever the model writes is answered with a text that it can read; nothing that it writes raises.
+A tool may also be a schema and what answers its calls (`SchemaTool`), and come from a provider that
+is opened with the episode (`ToolProvider`; `mcp_tools.MCPTools` is one). Whatever the model writes is answered with a text that it can read; nothing that it writes raises.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NotRequired, Required, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Protocol,
+    Required,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import docstring_parser
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
@@ -50,6 +60,34 @@ class ToolResult:
     name: str
     text: str
     ok: bool = True
+
+
+@runtime_checkable
+class AnyTool(Protocol):
+    """What a `ToolSet` holds."""
+
+    name: str
+    schema: dict[str, Any]
+
+    async def call(self, positional: Sequence[Any], keywords: dict[str, Any]) -> ToolResult: ...
+
+
+@runtime_checkable
+class ToolProvider(Protocol):
+    """Tools that exist while an episode lasts."""
+
+    async def open(self) -> Sequence[AnyTool]:
+        """Start what the tools need, and list them.
+
+        Raises:
+            EnvironmentFailure: it does not start.
+        """
+
+    async def close(self) -> None: ...
+
+
+ToolLike = Callable[..., Any] | AnyTool
+"""A typed function, or a tool."""
 
 
 class Tool:
@@ -92,14 +130,7 @@ class Tool:
         for schema in parameters.get("properties", {}).values():
             schema.pop("title", None)
         description = "\n\n".join(filter(None, [docs.short_description, docs.long_description]))
-        self.schema = {
-            "type": "function",
-            "function": {
-                "name": self.name,
-                "description": description,
-                "parameters": parameters,
-            },
-        }
+        self.schema = _schema(self.name, description, parameters)
 
     async def call(self, positional: Sequence[Any], keywords: dict[str, Any]) -> ToolResult:
         """Validate and call. A refused argument or a raising tool gives a result that says so."""
@@ -107,25 +138,67 @@ class Tool:
             given = dict(self.signature.bind_partial(*positional, **keywords).arguments)
             arguments = self.arguments.validate_python(given)
         except TypeError as error:
-            return self._error(f"{error}")
+            return _failed(self.name, f"{error}")
         except ValidationError as error:
-            return self._error(
-                "; ".join(
-                    f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-                    for problem in error.errors(include_url=False)
-                )
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+                for problem in error.errors(include_url=False)
             )
+            return _failed(self.name, problems)
         try:
             value = self.function(**arguments)
             if inspect.isawaitable(value):
                 value = await value
         except Exception as error:
-            return self._error(f"{type(error).__name__}: {error}")
+            return _failed(self.name, f"{type(error).__name__}: {error}")
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         return ToolResult(self.name, text)
 
-    def _error(self, what: str) -> ToolResult:
-        return ToolResult(self.name, f"Error in {self.name}: {what}", ok=False)
+
+class ToolError(Exception):
+    """What a tool raises to tell the model something, without the error's type in front."""
+
+
+class SchemaTool:
+    """A tool given by its JSON schema and an async function that answers a call.
+
+    `answer` takes the arguments by name, as the model wrote them: checking them against the
+    schema is its own affair. What it raises becomes an error message for the model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        parameters: dict[str, Any],
+        answer: Callable[[dict[str, Any]], Awaitable[str]],
+    ) -> None:
+        self.name = name
+        self.answer = answer
+        self.schema = _schema(name, description, parameters)
+        self._names = list(parameters.get("properties") or {})
+
+    async def call(self, positional: Sequence[Any], keywords: dict[str, Any]) -> ToolResult:
+        named = dict(zip(self._names, positional, strict=False))
+        if len(positional) > len(self._names):
+            return _failed(self.name, f"takes {len(self._names)} arguments, got {len(positional)}")
+        if twice := named.keys() & keywords.keys():
+            return _failed(self.name, f"multiple values for argument {min(twice)!r}")
+        try:
+            return ToolResult(self.name, await self.answer(named | keywords))
+        except ToolError as error:
+            return _failed(self.name, f"{error}")
+        except Exception as error:
+            return _failed(self.name, f"{type(error).__name__}: {error}")
+
+
+def _schema(name: str, description: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _failed(name: str, what: str) -> ToolResult:
+    return ToolResult(name, f"Error in {name}: {what}", ok=False)
 
 
 @dataclass(frozen=True)
@@ -140,12 +213,13 @@ class Call:
 class ToolSet:
     """The tools of an environment, and the syntax in which the model calls them."""
 
-    def __init__(self, functions: Sequence[Callable[..., Any]], syntax: Syntax = "json") -> None:
+    def __init__(self, tools: Sequence[ToolLike], syntax: Syntax = "json") -> None:
         if syntax not in ("json", "plain"):
             raise InvalidInput(f'syntax must be "json" or "plain", got {syntax!r}')
         self.syntax = syntax
-        self.tools = {tool.name: tool for tool in map(Tool, functions)}
-        if len(self.tools) != len(functions):
+        made = [tool if isinstance(tool, AnyTool) else Tool(tool) for tool in tools]
+        self.tools: dict[str, AnyTool] = {tool.name: tool for tool in made}
+        if len(self.tools) != len(tools):
             raise InvalidInput("two tools have the same name")
 
     @property
@@ -241,7 +315,8 @@ class ToolEnv(Env):
     either may be `async`.
 
     Args:
-        tools: functions with types and a docstring.
+        tools: functions with types and a docstring, tools, and providers of tools, which are
+            opened in `reset` and closed in `close`.
         syntax: how the model writes calls.
         result_role: role of the messages that hold results: "tool", or "user" for chat templates
             that know no tools.
@@ -250,13 +325,15 @@ class ToolEnv(Env):
 
     def __init__(
         self,
-        tools: Sequence[Callable[..., Any]],
+        tools: Sequence[ToolLike | ToolProvider],
         *,
         syntax: Syntax = "json",
         result_role: Literal["tool", "user"] = "tool",
         max_turns: int = 8,
     ) -> None:
-        self.tool_set = ToolSet(tools, syntax)
+        self.providers = [tool for tool in tools if isinstance(tool, ToolProvider)]
+        self.own_tools = [tool for tool in tools if not isinstance(tool, ToolProvider)]
+        self.tool_set = ToolSet(self.own_tools, syntax)
         self.tool_schemas = self.tool_set.schemas
         self.result_role = result_role
         self.max_turns = max_turns
@@ -276,6 +353,10 @@ class ToolEnv(Env):
     ) -> ResetResult:
         self.turns = 0
         self.results: list[ToolResult] = []
+        if self.providers:
+            provided = [tool for provider in self.providers for tool in await provider.open()]
+            self.tool_set = ToolSet([*self.own_tools, *provided], self.tool_set.syntax)
+            self.tool_schemas = self.tool_set.schemas
         return await _settled(self.begin(seed, options)), {}
 
     async def step(self, action: str) -> StepResult:
@@ -293,6 +374,10 @@ class ToolEnv(Env):
             name = {"name": result.name} if self.result_role == "tool" and result.name else {}
             messages.append({"role": self.result_role, **name, "content": result.text})
         return messages, 0.0, False, self.turns >= self.max_turns, info
+
+    async def close(self) -> None:
+        for provider in self.providers:
+            await provider.close()
 
 
 async def _settled(value: Any) -> Any:

@@ -26,6 +26,7 @@ from .types import (
     Datum,
     ForwardBackwardOutput,
     LoraConfig,
+    Match,
     OptimStepResponse,
     PolicyRef,
     PublishResponse,
@@ -186,6 +187,11 @@ class SamplingClient(HasSync):
     def policy(self) -> PolicyRef:
         """Which weights this client samples from. Blocks until the client is ready."""
         return self._grant.result().policy
+
+    @property
+    def model_path(self) -> str:
+        """The resolved folder of its base model. Blocks until the client is ready."""
+        return self._grant.result().model_path
 
     def __getstate__(self) -> SamplerGrant:
         if not self._grant.done():
@@ -476,11 +482,19 @@ class EnvClient(HasSync):
             EnvironmentFailure: the environment raised, hung, died or used too much memory.
             Unavailable: the worker process died; it is restarted.
         """
+        return self._play("run_episode", spec)
+
+    def play_match(self, spec: Any) -> Op[Match]:
+        """Play one match (`envs.MatchSpec`) to its end; `cancel()` ends it before. Raises as
+        `run_episode`."""
+        return self._play("play_match", spec)
+
+    def _play(self, method: str, spec: Any) -> Op[Any]:
         with self._lock:
             index = int(np.argmin(self._running))
             self._running[index] += 1
         worker, name = self._workers[index], uuid.uuid4().hex
-        future = worker.call("run_episode", name, spec)
+        future = worker.call(method, name, spec)
 
         def leave(_: Future[Any]) -> None:
             with self._lock:

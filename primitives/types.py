@@ -487,3 +487,32 @@ class Trajectory:
         """The oldest policy version that sampled a token; -1 when nothing was sampled."""
         versions = [s.versions[s.mask] for s in self.segments if s.mask.any()]
         return int(min(v.min() for v in versions)) if versions else -1
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """One episode of a game: every agent's own trajectory, with its own tokens, masks, logprobs
+    and rewards. A scripted agent's has messages and rewards but no segments.
+
+    Attributes:
+        trajectories: by agent, in the game's order.
+        live: the agents played by live policies, whose staleness counts.
+        forfeits: why agents could not act, of those that could not.
+    """
+
+    trajectories: dict[str, Trajectory]
+    live: list[str] = field(default_factory=list)
+    forfeits: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Every agent's undiscounted return."""
+        return {agent: trajectory.reward for agent, trajectory in self.trajectories.items()}
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest version of a live policy that sampled a token; -1 when none did."""
+        versions = [self.trajectories[agent].oldest_version for agent in self.live]
+        return min((version for version in versions if version >= 0), default=-1)

@@ -3,11 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import tinsmith
 from tinsmith.algorithms.datums import (
+    episode_weights,
+    importance_weights,
     mismatch_metrics,
     on_policy_masks,
+    sampled_masks,
     trajectory_datums,
     truncated_importance_weights,
+    turn_lengths,
 )
 from tinsmith.primitives.types import ForwardBackwardOutput, Segment, Trajectory
 
@@ -55,6 +60,69 @@ def test_importance_weights_are_truncated_and_the_proximal_policy_takes_over():
     (corrected,) = truncated_importance_weights(datums, output, cap=3.0)
     np.testing.assert_allclose(corrected.loss_fn_inputs["advantages"], [1, 2, 6], rtol=1e-5)
     np.testing.assert_allclose(corrected.loss_fn_inputs["logprobs"], proximal)
+
+
+@pytest.mark.parametrize("level", ["token", "geometric", "sequence"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_importance_weights_equal_their_definitions(level, mask):
+    rng = np.random.default_rng(0)
+    datums, outputs = [], []
+    for _ in range(40):
+        (datum,) = trajectory_datums(trajectory([[0, 1, 1, 0, 1, 1]]), 1.0)
+        gap = rng.normal(0, 0.4, 5).astype(np.float32)
+        datums.append(datum)
+        outputs.append({"logprobs": datum.loss_fn_inputs["logprobs"] + gap})
+    output = ForwardBackwardOutput(outputs, {})
+    got = importance_weights(datums, output, cap=1.4, level=level, mask=mask)
+    bounded = 0
+    for datum, out, weights in zip(datums, outputs, got, strict=True):
+        ratios = np.exp(out["logprobs"].astype(float) - datum.loss_fn_inputs["logprobs"])
+        used = np.array([0, 1, 3, 4])
+        product = ratios[used].prod()
+        for t in range(5):
+            w = {"token": ratios[t], "geometric": product**0.25, "sequence": product}[level]
+            expected = (w if 1 / 1.4 <= w <= 1.4 else 0.0) if mask else min(w, 1.4)
+            bounded += t in used and expected != w
+            assert weights[t] == pytest.approx(expected if t in used else 1.0, rel=1e-6)
+    assert bounded > 0
+
+
+def test_a_bound_or_level_that_makes_no_sense_is_refused():
+    output = ForwardBackwardOutput([], {})
+    for settings in ({"cap": 0.0}, {"cap": 0.5, "mask": True}):
+        with pytest.raises(tinsmith.InvalidInput, match="cap must be above 0"):
+            importance_weights([], output, **settings)
+    with pytest.raises(tinsmith.NotFound, match="no level 'word'; there are token, geometric"):
+        importance_weights([], output, cap=2.0, level="word")
+
+
+def test_normalizations_weigh_tokens_as_their_papers_do():
+    """Each against the mean that its paper writes, of random values per token."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([3, 1, 7, 4])
+    values = [rng.normal(size=n) for n in lengths]
+    means = {
+        "episode": np.mean([v.sum() for v in values]),
+        "sequence_mean": np.mean([v.mean() for v in values]),
+        "token_mean": np.concatenate(values).mean(),
+    }
+    for name, mean in means.items():
+        weights = episode_weights(lengths, name)
+        total = sum(w * v.sum() for w, v in zip(weights, values, strict=True))
+        assert total == pytest.approx(mean)
+    # One that is filtered out counts nowhere.
+    assert episode_weights(np.array([3, 0, 5]), "token_mean").tolist() == [1 / 8, 0, 1 / 8]
+    assert not episode_weights(np.zeros(2), "sequence_mean").any()
+    with pytest.raises(tinsmith.NotFound, match="no normalization 'none'"):
+        episode_weights(lengths, "none")
+
+
+def test_turns_and_masks_line_up_with_datums():
+    played = trajectory([[0, 1, 1, 0, 1], [0, 0, 0], [0, 0, 1, 1, 1, 0]])
+    assert turn_lengths(played) == [2, 1, 3]
+    assert [m.tolist() for m in sampled_masks(played)] == [[1, 1, 0, 1], [0, 1, 1, 1]]
+    for datum, mask in zip(trajectory_datums(played, 2.0), sampled_masks(played), strict=True):
+        assert (datum.loss_fn_inputs["advantages"] != 0).tolist() == mask.tolist()
 
 
 def test_mismatch_is_told_apart_from_staleness():

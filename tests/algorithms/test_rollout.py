@@ -71,6 +71,23 @@ async def test_staleness_is_bounded_by_pacing_and_nothing_is_thrown_away(seed, m
     assert rollouts.counts.trained == 36
 
 
+@pytest.mark.parametrize("max_staleness", [1, 2, 4, 8])
+async def test_staleness_is_bounded_where_a_few_episodes_take_very_long(max_staleness):
+    class HeavyTailed(Player):
+        async def __call__(self, index: int, member: int) -> Trajectory:
+            started = self.version
+            for _ in range(int(self.random.paretovariate(1.0))):
+                await asyncio.sleep(0)
+            trajectory = await super().__call__(index, member)
+            trajectory.segments[0].versions[0] = started
+            return trajectory
+
+    for seed in range(5):
+        staleness, rollouts = await run_loop(HeavyTailed(seed), 30, max_staleness=max_staleness)
+        assert max(staleness) == max_staleness
+        assert rollouts.counts.dropped_stale == 0
+
+
 async def test_staleness_zero_is_the_synchronous_loop():
     player = Player()
     staleness, rollouts = await run_loop(player, 5)
@@ -83,6 +100,14 @@ async def test_staleness_zero_is_the_synchronous_loop():
 async def test_asynchronous_rollouts_run_ahead():
     staleness, _ = await run_loop(Player(), 12, max_staleness=2)
     assert np.mean(staleness) > 0.5
+
+
+@pytest.mark.parametrize("max_staleness", [0, 3])
+async def test_nothing_is_started_that_will_not_be_trained_on(max_staleness):
+    staleness, rollouts = await run_loop(Player(), 5, max_staleness=max_staleness, total=15)
+    assert rollouts.counts.issued == rollouts.counts.trained == 15
+    assert rollouts.outstanding == []
+    assert max(staleness) <= max_staleness
 
 
 async def test_groups_without_signal_are_counted_and_replaced():

@@ -121,10 +121,15 @@ async def test_stale_trajectories_stay_within_the_bound(service):
         dict(proximal_cap=2.0, loss_fn="ppo", max_staleness=1),
         dict(oversubscription=0.7, max_staleness=1, num_env_workers=2),
         dict(env_kwargs={"fail_every": 3}, loss_fn="dro", loss_fn_config={"beta": 0.1}),
+        dict(overlong_buffer=4, normalize="token_mean", kl_coeff=0.1, reference="a checkpoint"),
     ],
-    ids=["proximal", "oversubscription", "failures"],
+    ids=["proximal", "oversubscription", "failures", "reference"],
 )
 async def test_other_settings_run(service, settings):
+    if "reference" in settings:
+        training = await service.create_lora_training_client("tiny-llama", rank=2, seed=1)
+        saved = await training.save_weights_for_sampler("reference")
+        settings = {**settings, "reference": saved.path}
     result = await tinsmith.train(service, replace(CONFIG, **settings))
     assert result.steps == 3
     for row in rows(result.run_dir):
@@ -160,6 +165,7 @@ async def test_a_config_that_cannot_be_used_is_a_typed_error(service, settings, 
         ({"loss_fn": "reinforce"}, "no loss 'reinforce'"),
         ({"loss_fn_config": {"beta": 1.0}}, "has no setting 'beta'"),
         ({"advantage": "none"}, "no advantage 'none'"),
+        ({"importance_level": "all"}, "importance_level must be one of"),
     ],
 )
 def test_a_bad_config_is_refused_when_it_is_made(settings, message):
@@ -290,12 +296,58 @@ async def test_a_stop_during_an_evaluation_loses_no_step(service, tmp_path):
     assert newest.user_metadata["loop"]["step"] == result.steps
 
 
+async def test_a_replay_buffer_goes_on_with_its_run(service, tmp_path):
+    """Bit for bit: two steps and two more are four in one go."""
+    config = replace(FOUR, replay_groups=2, replay_staleness=2)
+    whole = await tinsmith.train(service, config, run_dir=tmp_path / "whole")
+    parts = await tinsmith.train(service, replace(config, steps=2), run_dir=tmp_path / "parts")
+    parts = await tinsmith.resume(service, tmp_path / "parts", steps=4)
+    assert_same_course(tmp_path / "parts", tmp_path / "whole")
+    for one, other in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole"), strict=True):
+        for name in ("replay_replayed", "replay_expired", "replay_held", "tokens_sum"):
+            assert one[name] == other[name]
+    assert adapter(service.home, parts.run_id, 4) == adapter(service.home, whole.run_id, 4)
+    # Nothing to draw at first, then two of the three groups there are.
+    assert [row["replay_replayed"] for row in rows(tmp_path / "whole")] == [0, 2, 4, 6]
+    assert [row["staleness_max"] for row in rows(tmp_path / "whole")][:2] == [0, 1]
+    assert whole.totals["replay_replayed"] == parts.totals["replay_replayed"] == 6
+    assert [p.name for p in (tmp_path / "parts" / "replay").iterdir()] == ["step-000004.msgpack"]
+
+
 async def test_there_must_be_a_run_to_resume(service, tmp_path):
     with pytest.raises(tinsmith.NotFound, match=r"there is no run in .* \(no run\.json\)"):
         await tinsmith.resume(service, tmp_path)
 
 
 # ---- evaluation ----
+
+
+async def test_training_goes_on_during_an_evaluation_of_the_weights_of_its_step(service, tmp_path):
+    class Told(tinsmith.Watcher):
+        def __init__(self):
+            self.order = []
+
+        def step(self, metrics):
+            self.order.append(("step", metrics["step"]))
+
+        def evaluated(self, step, result):
+            versions = {
+                int(v)
+                for t in result.trajectories
+                for s in t.segments
+                for v in np.unique(s.versions[s.mask])
+            }
+            self.order.append(("evaluated", step, versions))
+
+    told = Told()
+    config = replace(CONFIG, deterministic=False, steps=6, eval_every=3, eval_episodes=40)
+    await tinsmith.train(service, config, run_dir=tmp_path, watch=told)
+    evaluated = [entry for entry in told.order if entry[0] == "evaluated"]
+    assert [(step, versions) for _, step, versions in evaluated] == [(0, {0}), (3, {3}), (6, {6})]
+    # 40 episodes, 3 at a time, take longer than a step.
+    assert told.order.index(evaluated[1]) > told.order.index(("step", 4))
+    logged = [row for row in rows(tmp_path) if "eval" in row]
+    assert [row["step"] for row in logged] == [0, 3, 6]
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

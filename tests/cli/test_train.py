@@ -124,3 +124,24 @@ def test_what_cannot_work_is_said_in_one_line_before_anything_starts(command, ar
     assert complaint in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_a_librarys_environment_is_trained_in_by_its_name(service, command, tmp_path):
+    flags = {
+        "model": "tiny-llama",
+        "env": "reasoning_gym:coin_flip",
+        "env-kwargs": '{"size": 20, "system_prompt": "direct"}',
+        "eval-env-kwargs": '{"split": "eval"}',
+        "rank": 4,
+        "steps": 1,
+        "groups-per-step": 1,
+        "group-size": 2,
+        "max-tokens": 4,
+        "eval-episodes": 2,
+        "step-seconds": 120,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    result = command("train", *words, "--run-dir", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["optim_steps"] == 1

@@ -19,6 +19,7 @@ from tinsmith.primitives.types import (
     Datum,
     ForwardBackwardOutput,
     LoraConfig,
+    Match,
     ModelInput,
     OptimStepResponse,
     PolicyRef,
@@ -57,6 +58,7 @@ TRAJECTORY = Trajectory(
     0.25,
 )
 LORA = LoraConfig(8, 16.0, None, train_mlp=False)
+MATCH = Match({"a": TRAJECTORY, "b": TRAJECTORY}, ["a"], {"b": "its context is full"}, 3, 0.5)
 
 EXAMPLES = [
     ModelInput(np.array([1, 2, 3])),
@@ -78,6 +80,8 @@ EXAMPLES = [
     SEGMENT,
     TRAJECTORY,
     Group(4, 2, [TRAJECTORY], ["it broke"]),
+    MATCH,
+    Group(4, 2, [], ["it broke"], [MATCH]),
 ]
 
 
