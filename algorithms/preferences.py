@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from ..primitives.client import SamplingClient, ServiceClient, TrainingClient
@@ -31,6 +30,7 @@ from .chat_data import (
     prompt_messages,
     trained_tokens,
 )
+from .estimates import rate_interval
 from .fit import (
     FitResult,
     FitWatcher,
@@ -43,7 +43,7 @@ from .fit import (
     start_fit,
 )
 from .fit_config import PreferenceConfig
-from .rows import DataReport, Source, TooLong, collect
+from .rows import DataReport, Source, TooLong, collect, given_or_named
 
 REFERENCE = "reference.npy"
 
@@ -201,9 +201,7 @@ def load_comparisons(
         InvalidInput: the data cannot be used.
         NotFound: there is no such file.
     """
-    source = config.data if rows is None else rows
-    if isinstance(source, str) and not source:
-        raise InvalidInput("there is no data: name a file as PreferenceConfig.data, or give rows")
+    source = given_or_named(rows, config.data, "PreferenceConfig.data")
     limit = min(config.max_length or max_context, max_context)
 
     def datum(judged: Judged, answer: Message) -> Datum:
@@ -355,7 +353,7 @@ class Preferences(Objective[Comparison]):
         result: dict[str, Any] = {**metrics, "loss": float(loss), "examples": len(held_out)}
         if self.config.loss != "kto":
             right = round(metrics["accuracy"] * len(held_out))
-            interval = binomtest(right, len(held_out)).proportion_ci(method="wilson")
-            result["accuracy_low"] = float(interval.low)
-            result["accuracy_high"] = float(interval.high)
+            interval = rate_interval(right, len(held_out))
+            result["accuracy_low"] = interval.low
+            result["accuracy_high"] = interval.high
         return result

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from ..primitives.client import SamplingClient, ServiceClient, TrainingClient
@@ -34,11 +33,12 @@ from ..primitives.types import (
     TrainingInfo,
 )
 from .chat_data import AnswerRenderer, fingerprint, prompt_messages
+from .estimates import rate_interval
 from .fit import FitResult, FitWatcher, Objective, Prepare, Prepared, resume_fit, split, start_fit
 from .fit_config import RewardConfig
 from .preference_losses import bradley_terry
 from .preferences import judged_pair
-from .rows import Source, TooLong, collect
+from .rows import Source, TooLong, collect, given_or_named
 from .run_folder import load_run_of
 
 
@@ -191,9 +191,7 @@ async def resume_reward_model(
 
 def _prepare(config: RewardConfig, rows: Source | None) -> Prepare[Pair]:
     async def prepare(training: TrainingClient, info: TrainingInfo, folder: Path) -> Prepared[Pair]:
-        source = config.data if rows is None else rows
-        if isinstance(source, str) and not source:
-            raise InvalidInput("there is no data: name a file as RewardConfig.data, or give rows")
+        source = given_or_named(rows, config.data, "RewardConfig.data")
         renderer = AnswerRenderer.from_model(info.model_path, config.template_kwargs)
         verdict = Verdict.of(renderer, config.good, config.bad, config.question)
         limit = min(config.max_length or info.max_context_length, info.max_context_length)
@@ -249,8 +247,8 @@ class BradleyTerry(Objective[Pair]):
         output = await training.forward(datums, "cross_entropy", logprobs="loss")
         loss, metrics = self.loss([torch.tensor(o["logprobs"]) for o in output.loss_fn_outputs])
         right, n = round(metrics["accuracy"] * len(held_out)), len(held_out)
-        interval = binomtest(right, n).proportion_ci(method="wilson")
-        bounds = {"accuracy_low": float(interval.low), "accuracy_high": float(interval.high)}
+        interval = rate_interval(right, n)
+        bounds = {"accuracy_low": interval.low, "accuracy_high": interval.high}
         return {**metrics, **bounds, "loss": float(loss), "examples": n}
 
 

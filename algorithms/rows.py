@@ -84,6 +84,18 @@ def source_name(source: Source) -> str:
     return str(source) if isinstance(source, str | Path) else f"a {type(source).__name__}"
 
 
+def given_or_named(rows: Source | None, named: str, setting: str) -> Source:
+    """The rows given in code, else what the config's `setting` names.
+
+    Raises:
+        InvalidInput: neither.
+    """
+    source = named if rows is None else rows
+    if isinstance(source, str) and not source:
+        raise InvalidInput(f"there is no data: name a file as {setting}, or give rows")
+    return source
+
+
 def read_rows(source: Source) -> Iterator[tuple[int, Any]]:
     """The rows of `source` with their numbers. A line that cannot be read comes as the
     `InvalidInput` that says why.

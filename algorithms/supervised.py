@@ -16,7 +16,6 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from ..primitives.client import ServiceClient, TrainingClient, load_tokenizer
-from ..primitives.errors import InvalidInput
 from ..primitives.op import Op
 from ..primitives.types import Datum, ForwardBackwardOutput, TrainingInfo
 from .chat_data import (
@@ -29,7 +28,7 @@ from .chat_data import (
 )
 from .fit import FitResult, FitWatcher, Objective, Prepare, Prepared, resume_fit, split, start_fit
 from .fit_config import SupervisedConfig
-from .rows import DataReport, Source, collect
+from .rows import DataReport, Source, collect, given_or_named
 
 
 async def train_supervised(
@@ -90,9 +89,7 @@ def load_examples(
         InvalidInput: the data cannot be used.
         NotFound: there is no such file.
     """
-    source = config.data if rows is None else rows
-    if isinstance(source, str) and not source:
-        raise InvalidInput("there is no data: name a file as SupervisedConfig.data, or give rows")
+    source = given_or_named(rows, config.data, "SupervisedConfig.data")
     tokenizer = load_tokenizer(model_path)
     make = ExampleMaker(
         tokenizer,

@@ -20,11 +20,11 @@ import tempfile
 from pathlib import Path
 
 from harness import options, report, say
-from scipy.stats import binomtest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 import tinsmith
+from tinsmith.algorithms.estimates import rate_interval
 from tinsmith.algorithms.plot import read_metrics
 from tinsmith.envs import Env
 from tinsmith.envs.latency import SlowTools
@@ -174,9 +174,8 @@ def seconds_to(reward: float, result: tinsmith.TrainResult) -> float | None:
 def success(runs: list[tinsmith.TrainResult]) -> list[float]:
     """Low end, rate and high end over all runs' held-out episodes."""
     episodes = sum(run.after.episodes for run in runs)
-    found = binomtest(sum(run.after.successes for run in runs), episodes)
-    interval = found.proportion_ci(method="wilson")
-    return [round(x, 3) for x in (interval.low, found.statistic, interval.high)]
+    found = rate_interval(sum(run.after.successes for run in runs), episodes)
+    return [round(x, 3) for x in (found.low, found.value, found.high)]
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from scipy.stats import binomtest
 
 import tinsmith
+from tinsmith.algorithms.estimates import rate_interval
 from tinsmith.cli.progress import RichWatcher
 from tinsmith.cli.report import report
 
@@ -193,12 +193,11 @@ def by_level(evaluation: tinsmith.EvalResult) -> dict[str, dict[str, float]]:
         right[str(trajectory.info["level"])].append(bool(trajectory.info["success"]))
     rows = {}
     for level, outcomes in sorted(right.items()):
-        share = binomtest(sum(outcomes), len(outcomes))
-        interval = share.proportion_ci(method="wilson")
+        share = rate_interval(sum(outcomes), len(outcomes))
         rows[level] = {
-            "rate": round(share.statistic, 3),
-            "low": round(float(interval.low), 3),
-            "high": round(float(interval.high), 3),
+            "rate": round(share.value, 3),
+            "low": round(share.low, 3),
+            "high": round(share.high, 3),
             "episodes": len(outcomes),
         }
     return rows
