@@ -31,9 +31,11 @@ class TrainConfig:
         env_kwargs: arguments of the environment.
         eval_env_kwargs: laid over `env_kwargs` for evaluation (a held-out split, for instance).
         start: path of a checkpoint whose weights the run begins with (empty: a fresh adapter);
-            `rank`, `alpha` and `train_unembed` are then the checkpoint's.
+            `rank`, `alpha` and the layers to adapt are then the checkpoint's.
         rank: of the LoRA adapter.
         alpha: the adapter is scaled by `alpha / rank`.
+        train_attn: adapt the attention layers.
+        train_mlp: adapt the MLP layers.
         train_unembed: adapt the output layer too.
         grad_clip_norm: largest L2 norm of the gradient (0: no clipping).
         steps: optimizer steps in all.
@@ -89,6 +91,8 @@ class TrainConfig:
     start: str = ""
     rank: int = 32
     alpha: float = 32.0
+    train_attn: bool = True
+    train_mlp: bool = True
     train_unembed: bool = True
     learning_rate: float = 1e-4
     grad_clip_norm: float = 1.0

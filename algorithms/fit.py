@@ -27,6 +27,7 @@ from .fit_config import FitConfig
 from .rows import DataReport
 from .run_files import appending, checkpoint_name, forget_after, write_json
 from .run_folder import load_run_of, new_run_folder
+from .run_start import new_training_client
 from .stopping import stop_on_signals, unless
 
 E = TypeVar("E")
@@ -165,21 +166,7 @@ async def start_fit(
     id>`. A run whose data cannot be used is none."""
     watch = watch or FitWatcher()
     metadata = {**about, **({"run_dir": new_run_folder(run_dir)} if run_dir else {})}
-    if config.start:
-        training = await service.create_training_client_from_state(
-            config.start, user_metadata=metadata
-        )
-    else:
-        training = await service.create_lora_training_client(
-            config.model,
-            rank=config.rank,
-            alpha=config.alpha,
-            seed=config.seed,
-            train_attn=config.train_attn,
-            train_mlp=config.train_mlp,
-            train_unembed=config.train_unembed,
-            user_metadata=metadata,
-        )
+    training = await new_training_client(service, config, metadata)
     folder = Path(run_dir) if run_dir else Path(service.home) / "runs" / training.run_id
     try:
         folder.mkdir(parents=True, exist_ok=True)

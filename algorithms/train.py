@@ -32,6 +32,7 @@ from .replay import Replay, ReplayState
 from .rollout import Group, RolloutCounts, Rollouts
 from .run_files import appending, checkpoint_name, forget_after, write_file, write_json
 from .run_folder import load_run, new_run_folder
+from .run_start import new_training_client
 from .seeds import derived_seed
 from .stopping import Meanwhile, stop_on_signals, unless
 
@@ -97,33 +98,12 @@ async def train(
     about = {"env": config.env}
     if run_dir:
         about["run_dir"] = new_run_folder(run_dir)
-    training = await _new_client(service, config, about)
+    training = await new_training_client(service, config, about)
     folder = Path(run_dir) if run_dir else Path(service.home) / "runs" / training.run_id
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", {"run_id": training.run_id, "config": asdict(config)})
     await training.save_state(checkpoint_name(0), user_metadata={"loop": asdict(_Loop())})
     return await _train(service, training, config, folder, _Loop(), watch or Watcher())
-
-
-async def _new_client(
-    service: ServiceClient, config: TrainConfig, about: dict[str, Any]
-) -> TrainingClient:
-    if config.start:
-        started = await service.create_training_client_from_state(config.start, user_metadata=about)
-        if started.base_model != config.model:
-            await service.delete_training_run(started.run_id)
-            raise InvalidInput(
-                f"TrainConfig.start is a checkpoint of {started.base_model}, not of {config.model}"
-            )
-        return started
-    return await service.create_lora_training_client(
-        config.model,
-        rank=config.rank,
-        alpha=config.alpha,
-        seed=config.seed,
-        train_unembed=config.train_unembed,
-        user_metadata=about,
-    )
 
 
 async def resume(

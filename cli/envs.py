@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 import typer
 
 from ..envs.check import check_env
-from ..envs.registry import BUNDLED, ENTRY_POINT_GROUP, names
+from ..envs.registry import ADAPTERS, BUNDLED, ENTRY_POINT_GROUP, names
 from .new_env import new
 from .options import (
     AsJson,
@@ -20,15 +20,6 @@ from .options import (
     print_table,
 )
 from .play import try_env
-
-# Prefix of the names -> the distribution that it needs.
-LIBRARIES = {
-    "gymnasium": "gymnasium",
-    "pettingzoo": "pettingzoo",
-    "reasoning_gym": "reasoning-gym",
-    "textarena": "textarena",
-    "verifiers": "verifiers",
-}
 
 app = typer.Typer(no_args_is_help=False)
 
@@ -64,9 +55,10 @@ def _environments() -> list[dict[str, str]]:
 
 
 def _libraries() -> list[dict[str, str | None]]:
+    distributions = {prefix: prefix.replace("_", "-") for prefix in ADAPTERS}
     return [
         {"prefix": prefix, "version": _version(name), "install": f"pip install {name}"}
-        for prefix, name in LIBRARIES.items()
+        for prefix, name in distributions.items()
     ]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from ..primitives.errors import InvalidInput, NotFound
+from ..primitives.errors import InvalidInput
 from .core import Observation, message
+from .jsonl import read_jsonl
 from .mcp_tools import MCPTools
 from .splits import Rows
 from .tools import Syntax, ToolEnv
@@ -31,11 +30,12 @@ class MCPEnv(ToolEnv):
         match: how an answer is compared.
         split: "eval": the last fifth of the rows, "train": the others; None: all.
         system_prompt: the system message, if any.
+        strict: refuse rows that cannot be used, instead of skipping them with a warning.
         syntax, result_role, max_turns: as of `ToolEnv`.
 
     Raises:
         NotFound: no such file.
-        InvalidInput: rows that cannot be used, with their line numbers.
+        InvalidInput: no row can be used; with `strict`, the first that cannot, with its line.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class MCPEnv(ToolEnv):
         match: Literal["exact", "regex"] = "exact",
         split: Literal["train", "eval"] | None = None,
         system_prompt: str | None = None,
+        strict: bool = False,
         syntax: Syntax = "json",
         result_role: Literal["tool", "user"] = "tool",
         max_turns: int = 8,
@@ -60,7 +61,7 @@ class MCPEnv(ToolEnv):
         )
         self.match = match
         self.system_prompt = system_prompt
-        self.tasks = read_tasks(tasks, regex=match == "regex")
+        self.tasks = read_tasks(tasks, regex=match == "regex", strict=strict)
         self.rows = Rows(len(self.tasks), split, f"tasks {tasks!r}")
 
     def begin(self, seed: int | None, options: dict[str, Any] | None) -> Observation:
@@ -76,35 +77,26 @@ class MCPEnv(ToolEnv):
         return float(given.casefold() == self.row["answer"].strip().casefold())
 
 
-def read_tasks(path: str, *, regex: bool = False) -> list[dict[str, str]]:
+def read_tasks(path: str, *, regex: bool = False, strict: bool = False) -> list[dict[str, str]]:
     """The rows of a JSONL file with `question` and `answer`, both texts (numbers are taken too).
 
-    Raises:
-        NotFound: no such file.
-        InvalidInput: a line that is no such row, or holds no regular expression where `regex`.
+    Lines that are no such row, or hold no regular expression where `regex`, are skipped with a
+    warning that names them, or refused with `strict`.
     """
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except OSError as error:
-        raise NotFound(f"tasks {path!r}: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows.append({name: _text(row[name]) for name in ("question", "answer")})
-            if regex:
-                re.compile(rows[-1]["answer"])
-        except (ValueError, KeyError, TypeError, re.error) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else error
-            raise InvalidInput(f"{path}, line {number}: {what}") from None
-    if not rows:
-        raise InvalidInput(f"{path}: no rows")
-    return rows
+
+    def parse(line: int, row: dict[str, Any]) -> dict[str, str]:
+        task = {name: _text(name, row.get(name)) for name in ("question", "answer")}
+        if regex:
+            try:
+                re.compile(task["answer"])
+            except re.error as error:
+                raise ValueError(f"`answer` is no regular expression: {error}") from None
+        return task
+
+    return read_jsonl(path, parse, strict=strict)[0]
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise TypeError(f"question and answer must be texts, got {value!r:.100}")
+        raise ValueError(f"`{name}` must be a text, got {value!r:.100}")
     return str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import tinsmith
 from tests.data import text_datum
@@ -33,6 +34,16 @@ async def test_a_run_begins_with_the_weights_of_its_start(service):
     )
     assert np.abs(await logprobs(trained, datum) - fresh).max() > 0.01
     assert result.run_id != warm.run_id
+
+
+async def test_a_start_of_another_model_is_refused_and_leaves_no_run(service):
+    other = await service.create_lora_training_client("tiny-llama", rank=4)
+    saved = await other.save_state("other")
+    runs = len(await service.list_training_runs())
+    config = tinsmith.TrainConfig(model="tiny-qwen3", start=saved.path, eval_episodes=0)
+    with pytest.raises(tinsmith.InvalidInput, match="checkpoint of tiny-llama, not of tiny-qwen3"):
+        await tinsmith.train(service, config)
+    assert len(await service.list_training_runs()) == runs
 
 
 async def logprobs(client: tinsmith.TrainingClient, datum: tinsmith.Datum) -> np.ndarray:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -147,15 +148,18 @@ def test_answers_are_compared_exactly_or_as_expressions(tmp_path):
     ("line", "told"),
     [
         ("{", "line 2: Expecting"),
-        ('{"question": "?"}', "line 2: no 'answer'"),
-        ('{"question": "?", "answer": [1]}', "line 2: question and answer must be texts"),
-        ('{"question": "?", "answer": "("}', "line 2: missing"),
+        ('{"question": "?"}', "line 2: `answer` must be a text, got None"),
+        ('{"question": [1], "answer": "1"}', r"line 2: `question` must be a text, got \[1\]"),
+        ('{"question": "?", "answer": "("}', "line 2: `answer` is no regular expression: missing"),
     ],
 )
-def test_bad_rows_are_refused_with_their_line(tmp_path, line, told):
+def test_bad_rows_are_skipped_or_refused_with_their_line(tmp_path, caplog, line, told):
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text('{"question": "?", "answer": "."}\n' + line)
+    assert len(MCPEnv(str(tasks), [], match="regex").tasks) == 1
+    assert "skipped 1 of 2" in caplog.text
+    assert re.search(told, caplog.text)
     with pytest.raises(InvalidInput, match=told):
-        MCPEnv(str(tasks), [], match="regex")
+        MCPEnv(str(tasks), [], match="regex", strict=True)
     with pytest.raises(NotFound, match="No such file"):
         MCPEnv(str(tasks) + "x", [])
