@@ -34,7 +34,6 @@ from tinsmith.algorithms.league import League, LeagueConfig
 from tinsmith.algorithms.league_plot import plot_cross_play, plot_ladder
 from tinsmith.algorithms.ratings import bradley_terry, score_interval
 from tinsmith.algorithms.rollout import Group, Rollouts
-from tinsmith.envs import ChatRenderer
 
 PLAYERS = ("player_0", "player_1")  # player_0 moves first
 
@@ -213,11 +212,7 @@ async def warm_up(learner: Learner, games: int, steps: int, learning_rate: float
     script = tinsmith.Scripted(random_player)
     played = await asyncio.gather(*(learner.play(script, script, s) for s in range(games)))
     transcripts = [t.messages for game in played for t in game.trajectories.values()]
-    info = await learner.training.get_info()
-    renderer = ChatRenderer.from_model(info.model_path)
-    loss = await imitate(
-        learner.training, renderer, transcripts, steps=steps, learning_rate=learning_rate
-    )
+    loss = await imitate(learner.training, transcripts, steps=steps, learning_rate=learning_rate)
     print(f"imitates random moves: {loss:.2f} nats a token", flush=True)
 
 

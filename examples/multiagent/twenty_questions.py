@@ -1,6 +1,6 @@
 """Asker and answerer: two agents with different rewards, trained together on one base model.
 
-The answerer knows an animal; the asker may ask about three features of it, and guesses. The asker
+The answerer knows an animal; the asker may ask about two features of it, and guesses. The asker
 is paid for finding it in few questions, the answerer for true and short answers: neither sees the
 other's reward. Both start from imitating careless players: one asks and guesses at random, the
 other tells the truth two times in three. Questions pay only where answers are true, so the answerer
@@ -31,37 +31,28 @@ from tinsmith.algorithms.datums import trajectory_datums
 from tinsmith.algorithms.league_plot import plot_cross_play
 from tinsmith.algorithms.ratings import score_interval
 from tinsmith.algorithms.rollout import Rollouts
-from tinsmith.envs import ChatRenderer, MultiAgentEnv
+from tinsmith.envs import MultiAgentEnv
 
-FEATURES = ("bird", "big", "white")
-ANIMALS = {
-    "swan": {"bird", "big", "white"},
-    "ostrich": {"bird", "big"},
-    "dove": {"bird", "white"},
-    "crow": {"bird"},
-    "sheep": {"big", "white"},
-    "elephant": {"big"},
-    "rabbit": {"white"},
-    "mouse": set(),
-}
+FEATURES = ("bird", "big")
+ANIMALS = {"ostrich": {"bird", "big"}, "wren": {"bird"}, "elephant": {"big"}, "mouse": set()}
 WHEN = {2: ("start", "end"), 3: ("start", "middle", "end")}
-MOST_QUESTIONS = 3
+MOST_QUESTIONS = len(FEATURES)
 AGENTS = ("asker", "answerer")
 
 
 def facts(animal: str) -> str:
-    return " ".join(f for f in FEATURES if f in ANIMALS[animal]) or "none"
+    return ", ".join(f"{f}? {'yes' if f in ANIMALS[animal] else 'no'}" for f in FEATURES)
 
 
 RULES = (
-    "I think of one of these animals: "
-    + "; ".join(f"{animal}: {facts(animal)}" for animal in ANIMALS)
-    + ". Ask bird? big? or white? and then name the animal."
+    "I think of an animal. "
+    + "; ".join(f"{facts(animal)}: {animal}" for animal in ANIMALS)
+    + f". Ask {' or '.join(f'{f}?' for f in FEATURES)} and then name the animal."
 )
 
 
 class TwentyQuestions(MultiAgentEnv):
-    """The asker's turn is a question (`big?`) or a guess (`swan`); anything else, or one question
+    """The asker's turn is a question (`big?`) or a guess (`wren`); anything else, or one question
     too many, is a guess that fails. The environment checks the answers, and the asker hears no
     more of them than yes or no."""
 
@@ -82,7 +73,7 @@ class TwentyQuestions(MultiAgentEnv):
         words = {w for w in re.findall("[a-z]+", text.lower()) if w in ANIMALS or w in FEATURES}
         if len(words) == 1 and words <= set(FEATURES) and len(self.truths) < MOST_QUESTIONS:
             (self.feature,) = words
-            about = f"You are the {self.animal}: {facts(self.animal)}. Answer yes or no. "
+            about = f"You are the {self.animal}. {facts(self.animal)}. Answer yes or no. "
             about = "" if self.truths else about
             return {"answerer": f"{about}{self.feature}?"}, {}, {}, {}, {}
         found = words == {self.animal}
@@ -167,7 +158,6 @@ async def run(
     async with tinsmith.connect() as service:
         new_run = service.create_lora_training_client
         runs = {agent: await new_run(model, rank=rank, seed=seed) for agent in AGENTS}
-        renderer = ChatRenderer.from_model((await runs["asker"].get_info()).model_path)
         async with await service.create_env_client(model) as workers:
 
             def play(policies, game_seed: int, sample_seed: int) -> tinsmith.Op[tinsmith.Match]:
@@ -184,7 +174,6 @@ async def run(
                 transcripts = [game.trajectories[agent].messages for game in games]
                 loss = await imitate(
                     training,
-                    renderer,
                     transcripts,
                     steps=warm_up_steps,
                     learning_rate=warm_up_learning_rate,

@@ -10,47 +10,29 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 import tinsmith
-from tinsmith.envs import ChatRenderer
+from tinsmith.algorithms.chat_data import AnswerRenderer, Chat, chat_sequences
 
 
 def imitation_datums(
-    renderer: ChatRenderer, transcripts: Sequence[list[dict[str, Any]]]
+    renderer: AnswerRenderer, transcripts: Sequence[list[dict[str, Any]]]
 ) -> list[tinsmith.Datum]:
     """A cross-entropy datum per transcript, in the tokens that sampling would have made; the mean
-    over all of an assistant's tokens."""
-    segments = []
-    for messages in transcripts:
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns:
-            continue
-        conversation = renderer.start(messages[: turns[0]])
-        for turn, following in zip(turns, [*turns[1:], len(messages)], strict=True):
-            tokens = np.array(renderer.tokens(messages[turn]["content"] + end_of_turn(renderer)))
-            zeros = np.zeros(len(tokens))
-            conversation.add_turn(tinsmith.SampledSequence(tokens, zeros, zeros, "stop"))
-            conversation.add_messages(
-                messages[turn + 1 : following], last=following == len(messages)
-            )
-        segments += conversation.segments()
-    total = sum(segment.mask.sum() for segment in segments)
+    over all of an assistant's tokens. Transcripts in which it never spoke are left out."""
+    spoken = [chat for chat in transcripts if any(m["role"] == "assistant" for m in chat)]
+    sequences = [pair for chat in spoken for pair in chat_sequences(renderer, Chat(chat))]
+    total = sum(mask.sum() for _, mask in sequences)
     return [
-        tinsmith.Datum(
-            s.tokens[:-1], {"target_tokens": s.tokens[1:], "weights": s.mask[1:] / total}
-        )
-        for s in segments
+        tinsmith.Datum(tokens[:-1], {"target_tokens": tokens[1:], "weights": mask[1:] / total})
+        for tokens, mask in sequences
     ]
-
-
-def end_of_turn(renderer: ChatRenderer) -> str:
-    return renderer.tokenizer.eos_token
 
 
 async def imitate(
     training: tinsmith.TrainingClient,
-    renderer: ChatRenderer,
     transcripts: Sequence[list[dict[str, Any]]],
     *,
     steps: int,
@@ -59,8 +41,9 @@ async def imitate(
 ) -> float:
     """`steps` steps of supervised fine-tuning, each on `batch_size` of the transcripts; the last
     loss, in nats per token."""
+    renderer = AnswerRenderer.from_model((await training.get_info()).model_path)
     loss = float("nan")
-    for step in range(steps):
+    for step in track(range(steps), "imitating scripts", console=Console(stderr=True)):
         chosen = random.Random(step).sample(transcripts, min(batch_size, len(transcripts)))
         data = imitation_datums(renderer, chosen)
         output = training.forward_backward(data, "cross_entropy", logprobs="loss")

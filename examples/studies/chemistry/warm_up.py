@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 import tinsmith
 from tinsmith.envs import ChatRenderer
@@ -34,7 +36,7 @@ async def warm_up(
     renderer = ChatRenderer.from_model(str(folder))
     env = NameToFormula(**config.env_kwargs)
     losses = []
-    for step in range(steps):
+    for step in track(range(steps), "supervised warm-up", console=Console(stderr=True)):
         seeds = [config.seed * 1_000_003 + step * BATCH + number for number in range(BATCH)]
         data = [answered(renderer, env, seed) for seed in seeds]
         output = training.forward_backward(data, "cross_entropy")  # queued, not awaited

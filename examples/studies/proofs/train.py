@@ -58,11 +58,11 @@ Proof: either inr inl
 @dataclass(frozen=True)
 class Settings:
     """`epochs` are the LoRA run's; the full-parameter run takes a fifth of them on five times the
-    proofs."""
+    proofs. `corrections`: the most of them to learn from."""
 
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    theorems: int = 1000
-    held_out: int = 100
+    theorems: int = 600
+    held_out: int = 64
     atoms: int = 3
     sizes: tuple[int, int] = (3, 6)
     longest: int = 56
@@ -72,7 +72,8 @@ class Settings:
     learning_rate: float = 1e-3
     full_learning_rate: float = 1e-4
     samples: int = 32
-    correction_attempts: int = 8
+    correction_attempts: int = 4
+    corrections: int = 400
     correction_epochs: int = 1
     max_tokens: int = 48
     seed: int = 0
@@ -90,6 +91,8 @@ PRESETS = {
         batch_size=64,
         learning_rate=2e-4,
         full_learning_rate=1e-5,
+        correction_attempts=8,
+        corrections=20_000,
         max_tokens=160,
     ),
 }
@@ -279,7 +282,9 @@ async def run(settings: Settings, folder: Path) -> dict[str, Any]:
             lora, others, settings.correction_attempts, "", "attempts to learn correction from"
         )
         untaught = await self_corrected(study, lora, after, "correction before learning it")
-        pairs = [study.example(*pair) for pair in corrections(tried)]
+        found = corrections(tried)
+        chosen = random.Random(settings.seed).sample(found, min(settings.corrections, len(found)))
+        pairs = [study.example(*pair) for pair in chosen]
         console.print(f"{len(pairs)} corrections to learn from")
         mixed = pairs + examples[: len(fifth)]
         await study.fine_tune(training, mixed, settings.correction_epochs, "learning correction")
