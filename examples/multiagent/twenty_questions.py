@@ -1,10 +1,10 @@
 """Asker and answerer: two agents with different rewards, trained together on one base model.
 
-The answerer knows an animal; the asker may ask about two features of it, and guesses. The asker
-is paid for finding it in few questions, the answerer for true and short answers: neither sees the
-other's reward. Both start from imitating careless players: one asks and guesses at random, the
-other tells the truth two times in three. Questions pay only where answers are true, so the answerer
-has a head start: until then the asker plays, but does not learn.
+The answerer knows an animal; the asker has two questions about its features, and then names it.
+The asker is paid for finding it, the answerer for true and short answers: neither sees the other's
+reward. Both start from imitating careless players: one asks and guesses at random, the other tells
+the truth two times in three. So an asker that heeds the answers gains little by it, until the
+answerer has learned to tell the truth.
 
 At the end all askers meet all answerers, from the start, the middle and the end of training. The
 last line of stdout is one JSON object.
@@ -36,7 +36,7 @@ from tinsmith.envs import MultiAgentEnv
 FEATURES = ("bird", "big")
 ANIMALS = {"ostrich": {"bird", "big"}, "wren": {"bird"}, "elephant": {"big"}, "mouse": set()}
 WHEN = {2: ("start", "end"), 3: ("start", "middle", "end")}
-MOST_QUESTIONS = len(FEATURES)
+QUESTIONS = len(FEATURES)
 AGENTS = ("asker", "answerer")
 
 
@@ -47,20 +47,20 @@ def facts(animal: str) -> str:
 RULES = (
     "I think of an animal. "
     + "; ".join(f"{facts(animal)}: {animal}" for animal in ANIMALS)
-    + f". Ask {' or '.join(f'{f}?' for f in FEATURES)} and then name the animal."
+    + f". Ask {QUESTIONS} times, {' or '.join(f'{f}?' for f in FEATURES)} Then name the animal."
 )
 
 
 class TwentyQuestions(MultiAgentEnv):
-    """The asker's turn is a question (`big?`) or a guess (`wren`); anything else, or one question
-    too many, is a guess that fails. The environment checks the answers, and the asker hears no
-    more of them than yes or no."""
+    """The asker's first turns are questions (`big?`), the last is a guess (`wren`). What is neither
+    is a question wasted or a guess that fails. The environment checks the answers, and the asker
+    hears no more of them than yes or no."""
 
     possible_agents = AGENTS
 
     def reset(self, *, seed=None, options=None):
         self.animal = random.Random(seed).choice(list(ANIMALS))
-        self.feature = ""
+        self.left = QUESTIONS
         self.truths: list[bool] = []
         return {"asker": RULES}, {}
 
@@ -71,18 +71,18 @@ class TwentyQuestions(MultiAgentEnv):
 
     def asked(self, text: str):
         words = {w for w in re.findall("[a-z]+", text.lower()) if w in ANIMALS or w in FEATURES}
-        if len(words) == 1 and words <= set(FEATURES) and len(self.truths) < MOST_QUESTIONS:
-            (self.feature,) = words
-            about = f"You are the {self.animal}. {facts(self.animal)}. Answer yes or no. "
-            about = "" if self.truths else about
-            return {"answerer": f"{about}{self.feature}?"}, {}, {}, {}, {}
-        found = words == {self.animal}
-        infos = {
-            "asker": {"found": found, "questions": len(self.truths)},
-            "answerer": {"truths": self.truths},
-        }
-        rewards = {"asker": found * (1 - 0.02 * len(self.truths))}
-        return {}, rewards, dict.fromkeys(AGENTS, True), {}, infos
+        if not self.left:
+            return self.judged(found=words == {self.animal})
+        self.left -= 1
+        if len(words) != 1 or not words <= set(FEATURES):
+            return {"asker": "?"}, {}, {}, {}, {}
+        (self.feature,) = words
+        about = "" if self.truths else f"You are the {self.animal}. {facts(self.animal)}. "
+        return {"answerer": f"{about}Answer yes or no. {self.feature}?"}, {}, {}, {}, {}
+
+    def judged(self, found: bool):
+        infos = {"asker": {"found": found}, "answerer": {"truths": self.truths}}
+        return {}, {"asker": float(found)}, dict.fromkeys(AGENTS, True), {}, infos
 
     def answered(self, text: str):
         said = re.match(r"\W*(yes|no)\b", text.lower())
@@ -95,9 +95,7 @@ class TwentyQuestions(MultiAgentEnv):
 
 def random_asker(messages, rng: random.Random) -> str:
     asked = sum(message["role"] == "assistant" for message in messages)
-    if asked < MOST_QUESTIONS and rng.random() < 0.75:
-        return rng.choice(FEATURES) + "?"
-    return rng.choice(list(ANIMALS))
+    return rng.choice(FEATURES) + "?" if asked < QUESTIONS else rng.choice(list(ANIMALS))
 
 
 def careless_answerer(messages, rng: random.Random) -> str:
@@ -132,10 +130,9 @@ def main(
     steps: int = 24,
     minutes: Annotated[float, typer.Option(help="train no longer than this")] = math.inf,
     groups_per_step: Annotated[int, typer.Option(help="animals per step")] = 8,
-    group_size: Annotated[int, typer.Option(help="games per animal")] = 6,
-    head_start: Annotated[int, typer.Option(help="first steps, of the answerer alone")] = 4,
+    group_size: Annotated[int, typer.Option(help="games per animal")] = 4,
     max_staleness: Annotated[int, typer.Option(help="0: strictly on-policy")] = 0,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-4,
     rank: int = 16,
     warm_up_games: Annotated[int, typer.Option(help="of scripts, to imitate")] = 128,
     warm_up_steps: int = 6,
@@ -150,14 +147,17 @@ def main(
 
 
 async def run(
-    model, steps, minutes, groups_per_step, group_size, head_start, max_staleness, learning_rate, rank, warm_up_games, warm_up_steps,
+    model, steps, minutes, groups_per_step, group_size, max_staleness, learning_rate, rank, warm_up_games, warm_up_steps,
     warm_up_learning_rate, eval_games, seed, out,
 ) -> dict:  # fmt: skip
     tinsmith.envs.register("twenty-questions", TwentyQuestions)
     started = time.monotonic()
     async with tinsmith.connect() as service:
         new_run = service.create_lora_training_client
-        runs = {agent: await new_run(model, rank=rank, seed=seed) for agent in AGENTS}
+        runs = {
+            agent: await new_run(model, rank=rank, seed=seed, train_unembed=False)
+            for agent in AGENTS
+        }
         async with await service.create_env_client(model) as workers:
 
             def play(policies, game_seed: int, sample_seed: int) -> tinsmith.Op[tinsmith.Match]:
@@ -199,8 +199,7 @@ async def run(
                 step = 0
                 while step < steps and time.monotonic() - started < 60 * minutes:
                     batch = await rollouts.next_batch()
-                    rates = {"asker": learning_rate * (step >= head_start)}
-                    version = await train(runs, batch, rates | {"answerer": learning_rate})
+                    version = await train(runs, batch, learning_rate)
                     rollouts.advance(version)
                     step += 1
                     if step == steps // 2:
@@ -217,7 +216,7 @@ async def snapshot(training: tinsmith.TrainingClient) -> tinsmith.SamplingClient
     return await training.save_weights_and_get_sampling_client()
 
 
-async def train(runs, batch, learning_rates: dict[str, float]) -> int:
+async def train(runs, batch, learning_rate: float) -> int:
     """One step of both runs, at the same time; their version after it."""
     data: dict[str, list[tinsmith.Datum]] = {agent: [] for agent in AGENTS}
     games = sum(len(group) for group in batch)
@@ -232,10 +231,10 @@ async def train(runs, batch, learning_rates: dict[str, float]) -> int:
                 advantages = (np.array(trajectory.rewards) - np.mean(answers)) / games
                 data["answerer"] += turn_datums(trajectory, advantages)
     steps = []
-    for agent, rate in learning_rates.items():
-        if data[agent] and rate > 0:
-            runs[agent].forward_backward(data[agent], "cispo", logprobs="loss")
-        steps.append(runs[agent].optim_step(tinsmith.AdamParams(rate, grad_clip_norm=1.0)))
+    for agent, training in runs.items():
+        if data[agent]:
+            training.forward_backward(data[agent], "cispo", logprobs="loss")
+        steps.append(training.optim_step(tinsmith.AdamParams(learning_rate, grad_clip_norm=1.0)))
     return (await asyncio.gather(*steps))[0].version
 
 
@@ -249,7 +248,6 @@ def report(step: int, batch, seconds: float) -> None:
     ]
     print(
         f"step {step:3d}  found {np.mean([i.get('found', False) for i in infos]):.2f}  "
-        f"questions {np.mean([i.get('questions', 0) for i in infos]):.1f}  "
         f"true answers {np.mean(truths or [0]):.2f}  {seconds:4.0f} s",
         flush=True,
     )
