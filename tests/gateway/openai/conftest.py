@@ -66,7 +66,7 @@ async def caller(service, tmp_path_factory):
         data.append(tinsmith.Datum(tokens[:-1], {"target_tokens": tokens[1:], "weights": weights}))
     for _ in range(60):
         output = training.forward_backward(data)
-        await training.optim_step(tinsmith.AdamParams(learning_rate=0.01))
+        await training.optim_step(tinsmith.AdamParams(learning_rate=0.005, grad_clip_norm=1.0))
     assert (await output).metrics["loss:sum"] < 1
     policy = await training.save_weights_and_get_sampling_client()
     return SimpleNamespace(training=training, policy=policy, tokenizer=tokenizer)
