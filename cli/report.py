@@ -53,7 +53,15 @@ def _show_episode(console: Console, title: str, trajectory: Trajectory) -> None:
     console.rule(f"{title}: reward {trajectory.reward:g}")
     for message in _played(trajectory):
         console.print(f"[bold]{message['role']:>9}[/bold]  ", end="")
-        console.print(message["content"], markup=False, highlight=False)
+        console.print(_shown(message["content"]), markup=False, highlight=False)
+
+
+def _shown(text: str, most: int = 2000) -> str:
+    """A long text without its middle."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}\n... {len(text) - most} characters ...\n{text[-half:]}"
 
 
 def _played(trajectory: Trajectory) -> list[Message]:

@@ -39,3 +39,18 @@ def test_a_report_shows_the_episode_without_the_worked_examples_before_it(tmp_pa
         "seconds": 12.3,
         "run_dir": str(tmp_path),
     }
+
+
+def test_a_long_message_is_shown_without_its_middle(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    messages = said("user: begins" + 3000 * "x" + "ends", "assistant: yes")
+    trajectory = Trajectory([], [1.0], True, False, messages)
+    after = EvalResult(1, 1, 1.0, 0.2, 1.0, 1.0, [trajectory], [])
+    result = TrainResult("run", tmp_path, 3, False, None, after, {"episodes": 1})
+    console = Console(record=True, width=100)
+    report(console, TrainConfig(), result, 1.0)
+    shown = console.export_text().replace("\n", "")
+    assert "begins" in shown
+    assert "... 1010 characters ..." in shown
+    assert shown.count("x") < 2001
+    assert "ends" in shown

@@ -65,7 +65,7 @@ def measure(model: str, length: int, batch: int, results: multiprocessing.Queue)
 
 def main(
     model: Annotated[str | None, typer.Option(help="default: the tiny monitor")] = None,
-    lengths: Annotated[list[int], typer.Option(help="in steps")] = [500, 1000, 2000],  # noqa: B006
+    lengths: Annotated[list[int], typer.Option(help="in steps")] = [250, 500, 1000],  # noqa: B006
     batches: Annotated[list[int], typer.Option(help="transcripts")] = [1, 2, 4, 8, 16, 32],  # noqa: B006
 ) -> None:
     folder = model or make_tiny_monitor(

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .transcripts import CARRIES, FILES, GUARDS, HONEST, OUTSIDE, QUESTION, ask, draw_transcript
 
-CONTEXT = 8192
+CONTEXT = 4096
 SHORT = (4, 8, 16, 32)  # steps
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"

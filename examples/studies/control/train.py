@@ -1,7 +1,7 @@
 """AI control over long contexts: a monitor learns to find a hidden side task in long transcripts.
 
 By default the monitor is tiny and made on the spot (`tiny_monitor.py`), so that its whole context
-of 8,192 tokens fits two cores; any other model is a `--model` away. Run it from the repository's
+of 4,096 tokens fits two cores; any other model is a `--model` away. Run it from the repository's
 root:
 
     python -m examples.studies.control.train
@@ -40,8 +40,8 @@ console = Console()
 
 @dataclass(frozen=True)
 class Preset:
-    """`lengths`: of the transcripts, in steps, measured; those trained on are the longer half and
-    more. `monitor_steps`: the tiny monitor's own training."""
+    """`measured`, `trained`: lengths of the transcripts, in steps. `monitor_steps`: of the tiny
+    monitor's own training."""
 
     measured: tuple[int, ...]
     trained: tuple[int, ...]
@@ -50,19 +50,19 @@ class Preset:
 
 
 PRESETS = {
-    # Steps of 4 tokens, up to 8,021 of them.
+    # Steps of 4 tokens, up to 4,021 of them.
     "laptop": Preset(
-        measured=(16, 32, 64, 125, 250, 500, 1000, 2000),
-        trained=(64, 125, 250, 500, 1000, 2000),
+        measured=(16, 32, 64, 125, 250, 500, 1000),
+        trained=(16, 32, 64, 125, 250, 500, 1000),
         training=dict(
-            steps=40,
+            steps=60,
             groups_per_step=12,
             group_size=8,
             learning_rate=1e-3,
             rank=16,
             max_tokens=2,
             max_staleness=1,
-            eval_episodes=640,
+            eval_episodes=560,
         ),
     ),
     # Does it all run?
@@ -83,7 +83,7 @@ PRESETS = {
     # A model of some billions of parameters on a GPU: steps of about 8 tokens, up to 32,000.
     "gpu": Preset(
         measured=(125, 250, 500, 1000, 2000, 4000),
-        trained=(500, 1000, 2000, 4000),
+        trained=(125, 250, 500, 1000, 2000, 4000),
         training=dict(
             steps=200,
             groups_per_step=32,

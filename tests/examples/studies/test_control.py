@@ -73,7 +73,7 @@ def test_the_environment_keeps_to_the_interface():
 
 def test_every_word_is_a_token_and_the_longest_transcript_fills_the_context():
     tokenizer = words_tokenizer()
-    steps, answer = transcripts.draw_transcript(random.Random(0), 2000)
+    steps, answer = transcripts.draw_transcript(random.Random(0), 1000)
     renderer = ChatRenderer(tokenizer)
     tokens = renderer.tokens(renderer.text([{"role": "user", "content": transcripts.ask(steps)}]))
     assert tokenizer.unk_token_id not in tokens
