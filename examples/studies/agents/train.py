@@ -45,7 +45,8 @@ console = Console(highlight=False)
 @dataclass(frozen=True)
 class Settings:
     """`groups_per_step` are of all environments together, which take turns; `latency` is the mean
-    of a slow environment's answer in seconds; `warm_up_games` and `eval_games` are of each."""
+    of a slow environment's answer in seconds; `warm_up_games` and `eval_games` are of each; no step
+    is begun after `minutes` of training."""
 
     tasks: tuple[str, ...]
     steps: int
@@ -60,6 +61,7 @@ class Settings:
     warm_up_steps: int
     eval_games: int
     env_workers: int
+    minutes: float = 60
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     seed: int = 0
 
@@ -112,6 +114,7 @@ PRESETS = {
         warm_up_steps=0,
         eval_games=300,
         env_workers=8,
+        minutes=24 * 60,
     ),
 }
 
@@ -195,8 +198,8 @@ async def warm_up(runs: Mapping[str, tinsmith.TrainingClient], players: Players)
         console.print(f"{run} imitates careless scripts: {loss:.2f} nats a token")
 
 
-async def train(runs: Mapping[str, tinsmith.TrainingClient], players: Players) -> float:
-    """The loop. Returns the seconds it took."""
+async def train(runs: Mapping[str, tinsmith.TrainingClient], players: Players) -> dict[str, float]:
+    """The loop. Returns the steps and seconds it took."""
     settings = players.settings
     tasks = [TASKS[name] for name in settings.tasks]
     live = {name: await run.live_sampling_client().ready() for name, run in runs.items()}
@@ -215,7 +218,8 @@ async def train(runs: Mapping[str, tinsmith.TrainingClient], players: Players) -
         max_replaced=0,
         version=version,
     ) as rollouts:
-        for step in range(settings.steps):
+        step = 0
+        while step < settings.steps and time.monotonic() - started < 60 * settings.minutes:
             batch = await rollouts.next_batch()
             staleness = np.mean([version - group.oldest_version for group in batch])
             data = datums(batch, tasks)
@@ -227,12 +231,11 @@ async def train(runs: Mapping[str, tinsmith.TrainingClient], players: Players) -
                 updates.append(run.optim_step(adam))
             version = (await asyncio.gather(*updates))[0].version
             rollouts.advance(version)
+            step += 1
+            seconds = time.monotonic() - started
             told = success(batch, settings.tasks)
-            console.print(
-                f"step {step + 1:3d}  {told}  staleness {staleness:.1f}  "
-                f"{time.monotonic() - started:4.0f} s"
-            )
-    return time.monotonic() - started
+            console.print(f"step {step:3d}  {told}  staleness {staleness:.1f}  {seconds:4.0f} s")
+    return {"steps": step, "seconds": round(time.monotonic() - started, 1)}
 
 
 def datums(batch: list[Group], tasks: list[Task]) -> dict[str, list[tinsmith.Datum]]:
@@ -263,6 +266,7 @@ def main(
     ] = "laptop",
     model: Annotated[str | None, typer.Option(help="folder, name or Hugging Face id")] = None,
     steps: Annotated[int | None, typer.Option(help="default: the preset's, as all below")] = None,
+    minutes: Annotated[float | None, typer.Option(help="train no longer than this")] = None,
     max_staleness: Annotated[int | None, typer.Option(help="0: synchronous")] = None,
     latency: Annotated[float | None, typer.Option(help="mean seconds of a slow answer")] = None,
     learning_rate: float | None = None,
@@ -273,6 +277,7 @@ def main(
     given = dict(
         model=model,
         steps=steps,
+        minutes=minutes,
         max_staleness=max_staleness,
         latency=latency,
         learning_rate=learning_rate,
@@ -310,14 +315,14 @@ async def run(settings: Settings) -> dict[str, Any]:
             await warm_up(runs, players)
             before = await players.measure(await snapshots(runs))
             console.print(f"before: {before}")
-            training_seconds = await train(runs, players)
+            trained = await train(runs, players)
             after = await players.measure(await snapshots(runs))
             console.print(f"after: {after}")
     return {
         "settings": asdict(settings),
         "before": before,
         "after": after,
-        "training_seconds": round(training_seconds, 1),
+        "trained": trained,
         "seconds": round(time.monotonic() - started, 1),
         "cpus": os.cpu_count(),
     }
