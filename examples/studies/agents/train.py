@@ -70,11 +70,11 @@ PRESETS = {
     # SmolLM2-135M on two cores.
     "laptop": Settings(
         tasks=("kiosk", "calculator"),
-        steps=20,
-        groups_per_step=6,
+        steps=24,
+        groups_per_step=8,
         group_size=4,
         max_staleness=2,
-        learning_rate=4e-4,
+        learning_rate=5e-4,
         rank=16,
         max_tokens=20,
         latency=1.0,
