@@ -38,6 +38,7 @@ Pair = dict[str, Any]  # agent -> policy
 class Settings:
     model: str
     steps: int
+    minutes: float
     orders: int
     games_per_order: int
     staleness: int
@@ -104,8 +105,8 @@ async def warm_up(runs: dict[str, tinsmith.TrainingClient], players: Players) ->
         print(f"{agent} imitates its script: {loss:.2f} nats a token", flush=True)
 
 
-async def train(runs: dict[str, tinsmith.TrainingClient], players: Players) -> float:
-    """The loop. Everything in it is yours to change. Returns the seconds it took."""
+async def train(runs: dict[str, tinsmith.TrainingClient], players: Players) -> dict[str, float]:
+    """The loop. Everything in it is yours to change. Returns the steps and seconds it took."""
     settings = players.settings
     live = {agent: await runs[agent].live_sampling_client().ready() for agent in AGENTS}
     version = (await runs["planner"].get_info()).version  # both runs' own
@@ -123,7 +124,8 @@ async def train(runs: dict[str, tinsmith.TrainingClient], players: Players) -> f
         max_replaced=0,
         version=version,
     ) as rollouts:
-        for step in range(settings.steps):
+        step = 0
+        while step < settings.steps and time.monotonic() - started < 60 * settings.minutes:
             batch = await rollouts.next_batch()
             staleness = np.mean([version - group.oldest_version for group in batch])
             adam = tinsmith.AdamParams(settings.learning_rate, grad_clip_norm=1.0)
@@ -133,8 +135,9 @@ async def train(runs: dict[str, tinsmith.TrainingClient], players: Players) -> f
                 updates.append(training.optim_step(adam))
             version = (await asyncio.gather(*updates))[0].version
             rollouts.advance(version)
-            report(step + 1, batch, float(staleness), time.monotonic() - started)
-    return time.monotonic() - started
+            step += 1
+            report(step, batch, float(staleness), time.monotonic() - started)
+    return {"steps": step, "seconds": round(time.monotonic() - started, 1)}
 
 
 def datums(batch: list[Group], agent: str) -> list[tinsmith.Datum]:
@@ -167,20 +170,21 @@ def main(
         "HuggingFaceTB/SmolLM2-135M-Instruct"
     ),
     steps: int = 24,
+    minutes: Annotated[float, typer.Option(help="train no longer than this")] = 60,
     orders: Annotated[int, typer.Option(help="per step")] = 8,
     games_per_order: int = 4,
     staleness: Annotated[int, typer.Option(help="most steps ahead; 0: synchronous")] = 2,
-    learning_rate: float = 4e-4,
+    learning_rate: float = 5e-4,
     rank: int = 16,
     warm_up_games: Annotated[int, typer.Option(help="of scripts, to imitate")] = 128,
-    warm_up_steps: int = 16,
-    eval_games: Annotated[int, typer.Option(help="of each pair, on held-out orders")] = 100,
+    warm_up_steps: int = 14,
+    eval_games: Annotated[int, typer.Option(help="of each pair, on held-out orders")] = 80,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="folder for the picture")] = None,
 ) -> None:
     settings = Settings(
-        model, steps, orders, games_per_order, staleness, learning_rate, rank, warm_up_games,
-        warm_up_steps, eval_games, seed,
+        model, steps, minutes, orders, games_per_order, staleness, learning_rate, rank,
+        warm_up_games, warm_up_steps, eval_games, seed,
     )  # fmt: skip
     summary = asyncio.run(run(settings))
     if out is not None:
@@ -204,7 +208,7 @@ async def run(settings: Settings) -> dict[str, Any]:
             start = await snapshots(runs)
             held_out = {"the pair at the start": await players.measure(start)}
             print(held_out, flush=True)
-            seconds = await train(runs, players)
+            trained = await train(runs, players)
             end = await snapshots(runs)
             planner, tool_user = end["planner"], end["tool_user"]
             for who, pair in {
@@ -218,7 +222,7 @@ async def run(settings: Settings) -> dict[str, Any]:
             }.items():
                 held_out[who] = await players.measure(pair)
                 print(who, held_out[who], flush=True)
-    return {"settings": asdict(settings), "seconds": round(seconds, 1), "held_out": held_out}
+    return {"settings": asdict(settings), "trained": trained, "held_out": held_out}
 
 
 async def snapshots(runs: dict[str, tinsmith.TrainingClient]) -> Pair:
