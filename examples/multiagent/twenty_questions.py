@@ -3,8 +3,9 @@
 The answerer knows an animal; the asker has two questions about its features, and then names it.
 The asker is paid for finding it, the answerer for true and short answers: neither sees the other's
 reward. Both start from imitating careless players: one asks and guesses at random, the other tells
-the truth two times in three. So an asker that heeds the answers gains little by it, until the
-answerer has learned to tell the truth.
+the truth two times in three. An asker that heeds such answers gains little by it, and would learn
+to name one animal whatever it hears; so the answerer has a head start, in which the asker plays but
+does not learn.
 
 At the end all askers meet all answerers, from the start, the middle and the end of training. The
 last line of stdout is one JSON object.
@@ -54,12 +55,16 @@ RULES = (
 class TwentyQuestions(MultiAgentEnv):
     """The asker's first turns are questions (`big?`), the last is a guess (`wren`). What is neither
     is a question wasted or a guess that fails. The environment checks the answers, and the asker
-    hears no more of them than yes or no."""
+    hears no more of them than yes or no.
+
+    Consecutive seeds have different animals: a batch with all of them equally often does not pay
+    for naming one of them more than the others."""
 
     possible_agents = AGENTS
 
     def reset(self, *, seed=None, options=None):
-        self.animal = random.Random(seed).choice(list(ANIMALS))
+        animals = list(ANIMALS)
+        self.animal = random.choice(animals) if seed is None else animals[seed % len(animals)]
         self.left = QUESTIONS
         self.truths: list[bool] = []
         return {"asker": RULES}, {}
@@ -127,10 +132,11 @@ def main(
     model: Annotated[str, typer.Option(help="folder, name or Hugging Face id")] = (
         "HuggingFaceTB/SmolLM2-135M-Instruct"
     ),
-    steps: int = 24,
+    steps: int = 40,
     minutes: Annotated[float, typer.Option(help="train no longer than this")] = math.inf,
     groups_per_step: Annotated[int, typer.Option(help="animals per step")] = 8,
-    group_size: Annotated[int, typer.Option(help="games per animal")] = 4,
+    group_size: Annotated[int, typer.Option(help="games per animal")] = 8,
+    head_start: Annotated[int, typer.Option(help="first steps, of the answerer alone")] = 10,
     max_staleness: Annotated[int, typer.Option(help="0: strictly on-policy")] = 0,
     learning_rate: float = 5e-4,
     rank: int = 16,
@@ -147,7 +153,7 @@ def main(
 
 
 async def run(
-    model, steps, minutes, groups_per_step, group_size, max_staleness, learning_rate, rank, warm_up_games, warm_up_steps,
+    model, steps, minutes, groups_per_step, group_size, head_start, max_staleness, learning_rate, rank, warm_up_games, warm_up_steps,
     warm_up_learning_rate, eval_games, seed, out,
 ) -> dict:  # fmt: skip
     tinsmith.envs.register("twenty-questions", TwentyQuestions)
@@ -199,7 +205,8 @@ async def run(
                 step = 0
                 while step < steps and time.monotonic() - started < 60 * minutes:
                     batch = await rollouts.next_batch()
-                    version = await train(runs, batch, learning_rate)
+                    rates = {"asker": learning_rate * (step >= head_start)}
+                    version = await train(runs, batch, rates | {"answerer": learning_rate})
                     rollouts.advance(version)
                     step += 1
                     if step == steps // 2:
@@ -216,7 +223,7 @@ async def snapshot(training: tinsmith.TrainingClient) -> tinsmith.SamplingClient
     return await training.save_weights_and_get_sampling_client()
 
 
-async def train(runs, batch, learning_rate: float) -> int:
+async def train(runs, batch, learning_rates: dict[str, float]) -> int:
     """One step of both runs, at the same time; their version after it."""
     data: dict[str, list[tinsmith.Datum]] = {agent: [] for agent in AGENTS}
     games = sum(len(group) for group in batch)
@@ -231,10 +238,10 @@ async def train(runs, batch, learning_rate: float) -> int:
                 advantages = (np.array(trajectory.rewards) - np.mean(answers)) / games
                 data["answerer"] += turn_datums(trajectory, advantages)
     steps = []
-    for agent, training in runs.items():
-        if data[agent]:
-            training.forward_backward(data[agent], "cispo", logprobs="loss")
-        steps.append(training.optim_step(tinsmith.AdamParams(learning_rate, grad_clip_norm=1.0)))
+    for agent, rate in learning_rates.items():
+        if data[agent] and rate > 0:
+            runs[agent].forward_backward(data[agent], "cispo", logprobs="loss")
+        steps.append(runs[agent].optim_step(tinsmith.AdamParams(rate, grad_clip_norm=1.0)))
     return (await asyncio.gather(*steps))[0].version
 
 

@@ -57,6 +57,8 @@ def test_twenty_questions_trains_both_sides_and_crosses_them(example, tmp_path):
         *TINY.split(),
         "--steps",
         "2",
+        "--head-start",
+        "1",
         "--out",
         str(tmp_path),
     )
