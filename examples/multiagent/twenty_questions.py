@@ -2,10 +2,10 @@
 
 The answerer knows an animal; the asker has two questions about its features, and then names it.
 The asker is paid for finding it, the answerer for true and short answers: neither sees the other's
-reward. Both start from imitating careless players: one asks and guesses at random, the other tells
-the truth two times in three. An asker that heeds such answers gains little by it, and would learn
-to name one animal whatever it hears; so the answerer has a head start, in which the asker plays but
-does not learn.
+reward. Both start from imitating careless players: one asks at random and heeds every other time
+what it hears, the other tells the truth two times in three. An asker that heeds such answers gains
+little by it, and would learn to name one animal whatever it hears; so the answerer has a head
+start, in which the asker plays but does not learn.
 
 At the end all askers meet all answerers, from the start, the middle and the end of training. The
 last line of stdout is one JSON object.
@@ -98,9 +98,21 @@ class TwentyQuestions(MultiAgentEnv):
         return {"asker": heard}, {"answerer": true - 0.2 * (not brief)}, {}, {}, {}
 
 
-def random_asker(messages, rng: random.Random) -> str:
-    asked = sum(message["role"] == "assistant" for message in messages)
-    return rng.choice(FEATURES) + "?" if asked < QUESTIONS else rng.choice(list(ANIMALS))
+def careless_asker(messages, rng: random.Random) -> str:
+    """Asks at random, and heeds every other time what it has heard."""
+    said = [m["content"] for m in messages if m["role"] == "assistant"]
+    heard = [m["content"] for m in messages if m["role"] == "user"][1:]
+    if len(said) < QUESTIONS:
+        return rng.choice(FEATURES) + "?"
+    answers = {
+        question.removesuffix("?"): answer for question, answer in zip(said, heard, strict=True)
+    }
+    fitting = [
+        animal
+        for animal, features in ANIMALS.items()
+        if all((f in features) == (answer == "yes") for f, answer in answers.items())
+    ]
+    return rng.choice(fitting if rng.random() < 0.5 else list(ANIMALS))
 
 
 def careless_answerer(messages, rng: random.Random) -> str:
@@ -141,7 +153,7 @@ def main(
     learning_rate: float = 5e-4,
     rank: int = 16,
     warm_up_games: Annotated[int, typer.Option(help="of scripts, to imitate")] = 128,
-    warm_up_steps: int = 6,
+    warm_up_steps: int = 12,
     warm_up_learning_rate: float = 1e-3,
     eval_games: Annotated[int, typer.Option(help="of every asker with every answerer")] = 100,
     seed: int = 0,
@@ -172,7 +184,7 @@ async def run(
                 return workers.play_match(spec)
 
             scripts = {
-                "asker": tinsmith.Scripted(random_asker),
+                "asker": tinsmith.Scripted(careless_asker),
                 "answerer": tinsmith.Scripted(careless_answerer),
             }
             games = await asyncio.gather(*(play(scripts, s, s) for s in range(warm_up_games)))
@@ -184,7 +196,7 @@ async def run(
                     steps=warm_up_steps,
                     learning_rate=warm_up_learning_rate,
                 )
-                print(f"{agent} imitates random play: {loss:.2f} nats a token", flush=True)
+                print(f"{agent} imitates careless play: {loss:.2f} nats a token", flush=True)
             snapshots = {agent: [await snapshot(runs[agent])] for agent in AGENTS}
             live = {agent: await runs[agent].live_sampling_client().ready() for agent in AGENTS}
 
