@@ -51,11 +51,10 @@ class Task:
 
 def careless_calculator(messages: list[dict[str, Any]], rng: random.Random) -> str:
     """Gets one number in five wrong."""
-    numbers = [int(n) for n in re.findall(r"\d+", messages[-1]["content"])]
-    asked = next(m for m in messages if m["content"].startswith("First"))
-    terms = [int(n) for n in re.findall(r"\d+", asked["content"])]
+    question = next(m["content"] for m in messages if m["content"].startswith("First"))
+    terms = re.findall(r"\d+", question)
     turn = sum(m["role"] == "assistant" for m in messages)
-    total = terms[0] if turn == 0 else numbers[0]
+    total = int(re.findall(r"\d+", messages[-1]["content"])[0])  # the first term, or a result
     if rng.random() < 0.2:
         total += rng.randint(1, 9)
     return f"CALC({total}+{terms[turn + 1]})" if turn + 1 < len(terms) else f"ANSWER: {total}"

@@ -135,7 +135,7 @@ class Players:
         seated = {agent: policies[run] for agent, run in task.seats.items()}
         return await self._match(task, seated, number, member, "train", self.settings.latency)
 
-    async def imitable(self, task: Task, number: int) -> tinsmith.Match:
+    async def play_scripts(self, task: Task, number: int) -> tinsmith.Match:
         scripts = {agent: tinsmith.Scripted(script) for agent, script in task.scripts.items()}
         return await self._match(task, scripts, number, 0, "train", 0.0)
 
@@ -185,7 +185,9 @@ async def warm_up(runs: Mapping[str, tinsmith.TrainingClient], players: Players)
     for task in (TASKS[name] for name in settings.tasks):
         if task.scripts:
             numbers = range(settings.warm_up_games)
-            games = await asyncio.gather(*(players.imitable(task, number) for number in numbers))
+            games = await asyncio.gather(
+                *(players.play_scripts(task, number) for number in numbers)
+            )
             for agent, run in task.seats.items():
                 transcripts[run] += [game.trajectories[agent].messages for game in games]
     losses = await asyncio.gather(
