@@ -71,7 +71,7 @@ PRESETS = {
     "laptop": Settings(
         tasks=("kiosk", "calculator"),
         steps=24,
-        groups_per_step=8,
+        groups_per_step=14,
         group_size=4,
         max_staleness=2,
         learning_rate=5e-4,
