@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .algorithms.evaluate import EvalResult, evaluate
     from .algorithms.train import TrainResult, Watcher, resume, train
     from .engines.models import resolve_model
+    from .engines.vllm_start import VllmOptions
     from .envs.episode import EpisodeLimits, EpisodeSpec
     from .envs.match import MatchSpec
     from .envs.scripted import Scripted
@@ -61,6 +62,7 @@ _HOMES = {
     "algorithms.evaluate": ["EvalResult", "evaluate"],
     "algorithms.train": ["TrainResult", "Watcher", "resume", "train"],
     "engines.models": ["resolve_model"],
+    "engines.vllm_start": ["VllmOptions"],
     "envs.episode": ["EpisodeLimits", "EpisodeSpec"],
     "envs.match": ["MatchSpec"],
     "envs.scripted": ["Scripted"],

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from ..engines.vllm_start import EngineName, VllmOptions, chosen_engine
 from ..primitives.client import ServiceClient
 from ..primitives.errors import InvalidInput, Unavailable
 from ..primitives.op import Op
@@ -57,6 +58,8 @@ def connect(
     learner_threads: int | None = None,
     sampler_threads: int | None = None,
     kv_bytes: int | None = None,
+    engine: EngineName = "auto",
+    vllm: VllmOptions | None = None,
     verbose: bool = False,
 ) -> Connection:
     """Open the service: `service = await tinsmith.connect()`.
@@ -70,10 +73,13 @@ def connect(
         num_cpus: CPUs of a cluster started here (default: all).
         learner_threads, sampler_threads: torch threads of the two engines (default: all CPUs).
         kv_bytes: memory for a sampler's key/value cache (default: a quarter of what is free).
+        engine: what samples: `vllm`, `torch`, or `auto`: vLLM if it is installed and there is a
+            GPU. (A cluster that runs already keeps its own.)
+        vllm: how vLLM is started.
         verbose: show the actors' own output.
 
     Raises:
-        Unavailable: no cluster answers at `address`.
+        Unavailable: no cluster answers at `address`, or vLLM is asked for and not installed.
     """
     if address is not None and address != "auto" and not _ADDRESS.fullmatch(address):
         raise InvalidInput(
@@ -83,7 +89,10 @@ def connect(
         num_cpus=num_cpus,
         verbose=verbose,
         actor=dict(
-            learner_threads=learner_threads, sampler_threads=sampler_threads, kv_bytes=kv_bytes
+            learner_threads=learner_threads,
+            sampler_threads=sampler_threads,
+            kv_bytes=kv_bytes,
+            vllm=chosen_engine(engine, vllm),
         ),
     )
     return Connection(address, home, options)

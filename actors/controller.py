@@ -19,6 +19,7 @@ import ray
 from ..algorithms.losses import loss_names
 from ..engines import models
 from ..engines.backbone import SUPPORTED_FAMILIES
+from ..engines.vllm_start import VllmOptions
 from ..primitives.client import RunGrant, SamplerGrant
 from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
 from ..primitives.op import Op
@@ -55,6 +56,7 @@ class Controller:
         learner_threads: int | None = None,
         sampler_threads: int | None = None,
         kv_bytes: int | None = None,
+        vllm: VllmOptions | None = None,
     ) -> None:
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
@@ -62,6 +64,7 @@ class Controller:
         self.learner_threads = learner_threads
         self.sampler_threads = sampler_threads
         self.kv_bytes = kv_bytes
+        self.vllm = vllm
         self.started: dict[tuple[str, str], asyncio.Task[RayHandle]] = {}
         self.models: dict[str, tuple[str, str]] = {}
         self.env_workers_running: list[RayHandle] = []
@@ -144,6 +147,7 @@ class Controller:
                     name=name,
                     num_threads=self.sampler_threads,
                     kv_bytes=self.kv_bytes,
+                    vllm=self.vllm,
                 )
             )
             return RayHandle(actor, "sampler")
@@ -186,7 +190,8 @@ class Controller:
         """A new run on `base_model` under `lora`, or from the checkpoint `path`.
 
         Raises:
-            InvalidInput: there is a run of that id already.
+            InvalidInput: there is a run of that id already, or the sampling engine could not serve
+                it.
         """
         check_name("run id", run_id)
         if path is not None:
@@ -195,6 +200,8 @@ class Controller:
         assert base_model is not None
         assert lora is not None
         name, _ = await self._model(base_model)
+        if self.vllm is not None:
+            self.vllm.check(lora)
         async with self.opening[run_id]:
             if self.registry.has_run(run_id):
                 raise InvalidInput(f"run {run_id!r} exists already; take another id, or resume it")

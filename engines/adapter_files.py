@@ -24,7 +24,16 @@ def write_adapter(layout: AdapterLayout, params: Tensor, base_model: str) -> dic
     for name, (a, b) in layout.views(params).items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
-    config: dict[str, Any] = {
+    config = adapter_config(layout, base_model)
+    return {
+        WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}),
+        CONFIG: json.dumps(config, indent=2).encode(),
+    }
+
+
+def adapter_config(layout: AdapterLayout, base_model: str) -> dict[str, Any]:
+    """What PEFT's `adapter_config.json` says of such an adapter."""
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -42,10 +51,15 @@ def write_adapter(layout: AdapterLayout, params: Tensor, base_model: str) -> dic
         "alpha_pattern": {},
         "target_modules": sorted({name.rpartition(".")[2] for name in layout.targets}),
     }
-    return {
-        WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}),
-        CONFIG: json.dumps(config, indent=2).encode(),
-    }
+
+
+def tensor_shapes(layout: AdapterLayout) -> dict[str, list[int]]:
+    """PEFT's names of an adapter's tensors with their shapes, in the order of the flat buffer."""
+    shapes = {}
+    for name, (inputs, outputs) in layout.targets.items():
+        shapes[f"{_PREFIX}{name}.lora_A.weight"] = [layout.config.rank, inputs]
+        shapes[f"{_PREFIX}{name}.lora_B.weight"] = [outputs, layout.config.rank]
+    return shapes
 
 
 def read_adapter(files: Mapping[str, bytes], layout: AdapterLayout) -> Tensor:

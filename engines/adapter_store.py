@@ -5,13 +5,10 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Collection
-from typing import NamedTuple
-
-import torch
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.types import PolicyRef
-from .lora import Adapter
 
 
 class AdapterKey(NamedTuple):
@@ -27,7 +24,15 @@ BASE = AdapterKey("", 0)
 """The bare base model."""
 
 
-class AdapterStore:
+class Adapted(Protocol):
+    def same_as(self, other: Any, /) -> bool:
+        """Whether both are the same weights."""
+
+
+A = TypeVar("A", bound=Adapted)
+
+
+class AdapterStore(Generic[A]):
     """Adapters by run and version. The newest version of a run is always kept, and so are those
     that requests use; others only if `keep` was asked for, the last `max_kept` of them."""
 
@@ -35,13 +40,13 @@ class AdapterStore:
         self.max_kept = max_kept
         self._serials = itertools.count(1)
         self._keys: dict[tuple[str, int], AdapterKey] = {}
-        self._adapters: dict[AdapterKey, Adapter] = {}
+        self._adapters: dict[AdapterKey, A] = {}
         self._newest: dict[str, AdapterKey] = {}
         self._kept: OrderedDict[AdapterKey, None] = OrderedDict()
 
-    def add(self, run_id: str, version: int, adapter: Adapter, keep: bool) -> None:
+    def add(self, run_id: str, version: int, adapter: A, keep: bool) -> AdapterKey:
         held = self._keys.get((run_id, version))
-        if held is not None and _equal(self._adapters[held], adapter):
+        if held is not None and self._adapters[held].same_as(adapter):
             key = held
         else:
             key = AdapterKey(run_id, version, next(self._serials))
@@ -55,17 +60,23 @@ class AdapterStore:
             self._kept.move_to_end(key)
             while len(self._kept) > self.max_kept:
                 self._kept.popitem(last=False)
+        return key
 
     def drop_run(self, run_id: str) -> None:
         self._newest.pop(run_id, None)
         for key in [key for key in self._kept if key.run_id == run_id]:
             del self._kept[key]
 
-    def sweep(self, used: Collection[AdapterKey]) -> None:
-        """Forget versions that nobody can ask for any more."""
+    def sweep(self, used: Collection[AdapterKey]) -> list[AdapterKey]:
+        """Forget versions that nobody can ask for any more; returns them."""
         needed = {*used, *self._newest.values(), *self._kept}
+        gone = [key for key in self._adapters if key not in needed]
         self._adapters = {k: a for k, a in self._adapters.items() if k in needed}
         self._keys = {name: k for name, k in self._keys.items() if k in needed}
+        return gone
+
+    def find(self, run_id: str, version: int) -> AdapterKey | None:
+        return self._keys.get((run_id, version))
 
     def newest(self, run_id: str) -> int | None:
         key = self._newest.get(run_id)
@@ -97,13 +108,5 @@ class AdapterStore:
             )
         return key
 
-    def adapter(self, key: AdapterKey) -> Adapter | None:
+    def adapter(self, key: AdapterKey) -> A | None:
         return None if key == BASE else self._adapters[key]
-
-
-def _equal(a: Adapter, b: Adapter) -> bool:
-    return a.layout.config == b.layout.config and all(
-        torch.equal(x, y)
-        for name, pair in a.weights.items()
-        for x, y in zip(pair, b.weights[name], strict=True)
-    )

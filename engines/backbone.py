@@ -32,7 +32,6 @@ from .lora import (
     LoraContext,
     LoraLinear,
     Span,
-    target_suffixes,
 )
 
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -48,6 +47,22 @@ def _call_attention(module, query, key, value, attention_mask, scaling, **kwargs
 
 
 AttentionInterface.register("tinsmith", _call_attention)
+
+
+def adapter_targets(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The linear layers that an adapter may train: name -> (inputs, outputs)."""
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] in (*ATTN_TARGETS, *MLP_TARGETS, UNEMBED)
+    }
+
+
+def targets_of_folder(path: str | Path) -> dict[str, tuple[int, int]]:
+    """`adapter_targets` of a model folder, without its weights."""
+    with torch.device("meta"):
+        return adapter_targets(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
 
 
 class Backbone:
@@ -85,20 +100,15 @@ class Backbone:
         self.vocab_size: int = config.vocab_size
         self.max_context: int = config.max_position_embeddings
         self.lora = LoraContext()
-        self.targets: dict[str, tuple[int, int]] = {}
-        for name, module in list(self.model.named_modules()):
+        self.targets = adapter_targets(self.model)
+        for name in self.targets:
             parent, _, leaf = name.rpartition(".")
-            if isinstance(module, nn.Linear) and leaf in (*ATTN_TARGETS, *MLP_TARGETS, UNEMBED):
-                setattr(self.model.get_submodule(parent), leaf, LoraLinear(module, name, self.lora))
-                self.targets[name] = (module.in_features, module.out_features)
+            linear: Any = self.model.get_submodule(name)
+            setattr(self.model.get_submodule(parent), leaf, LoraLinear(linear, name, self.lora))
 
     def layout(self, config: LoraConfig) -> AdapterLayout:
         """Where an adapter of this model under `config` keeps its parameters."""
-        suffixes = target_suffixes(config)
-        return AdapterLayout(
-            config,
-            {n: io for n, io in self.targets.items() if n.rpartition(".")[2] in suffixes},
-        )
+        return AdapterLayout.of(config, self.targets)
 
     def hidden(
         self,

@@ -51,6 +51,12 @@ class AdapterLayout:
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "size", position)
 
+    @classmethod
+    def of(cls, config: LoraConfig, targets: Mapping[str, tuple[int, int]]) -> AdapterLayout:
+        """Of those among a model's `targets` that `config` trains."""
+        suffixes = target_suffixes(config)
+        return cls(config, {n: io for n, io in targets.items() if n.rpartition(".")[2] in suffixes})
+
     @property
     def scale(self) -> float:
         return self.config.alpha / self.config.rank
@@ -90,6 +96,13 @@ class Adapter:
     @classmethod
     def from_flat(cls, layout: AdapterLayout, flat: Tensor) -> Adapter:
         return cls(layout, layout.views(flat))
+
+    def same_as(self, other: Adapter) -> bool:
+        return self.layout.config == other.layout.config and all(
+            torch.equal(x, y)
+            for name, pair in self.weights.items()
+            for x, y in zip(pair, other.weights[name], strict=True)
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,23 +23,24 @@ class PromptScores:
 
     Attributes:
         first: the first prompt token that must be scored; P if none need be.
+        tail: the first one of those whose own logprob and likeliest tokens are asked for.
         logprobs, top, targets, alternatives: as `SampleResponse` has them.
     """
 
     def __init__(self, request: SampleRequest, seed: int) -> None:
         self.request, self.seed = request, seed
         length, last_n = len(request.prompt), request.prompt_logprobs_last_n
-        self._tail = 1 if last_n is None else length - last_n
+        self.tail = 1 if last_n is None else length - last_n
         self.logprobs: np.ndarray | None = None
         self.top: TokenLogprobs | None = None
         self.targets: np.ndarray | None = None
         self.alternatives: TokenLogprobs | None = None
         starts = [length]
         if request.prompt_logprobs:
-            starts.append(self._tail)
+            starts.append(self.tail)
             self.logprobs = np.full(length, np.nan, np.float32)
         if request.topk_prompt_logprobs:
-            starts.append(self._tail)
+            starts.append(self.tail)
             self.top = TokenLogprobs.empty(length, request.topk_prompt_logprobs)
         if request.target_prompt_logprobs is not None:
             starts.append(int((request.target_prompt_logprobs >= 0).any(1).argmax()) + 1)
@@ -54,7 +55,7 @@ class PromptScores:
         logits_NV = logits_NV.float()
         logprobs_NV = logits_NV.log_softmax(-1)
         stop = first + len(logits_NV)
-        tail = max(first, self._tail)
+        tail = max(first, self.tail)
         if tail < stop:
             self._add_tail(slice(tail, stop), logprobs_NV[tail - first :])
         rows = slice(first - 1, stop - 1)

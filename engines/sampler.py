@@ -36,6 +36,7 @@ from .backbone import Backbone
 from .kv_cache import BlockPool, KVCache, chain_key, root_key
 from .lora import Adapter, Span
 from .prompt_scores import PromptScores
+from .requests import check_request, end_tokens, ends_with_stop_string
 from .sampling import draw, likeliest, uniforms
 from .step_attention import Chunk, StepAttention
 
@@ -152,8 +153,8 @@ class SamplerEngine:
             backbone.dtype,
             backbone.device,
         )
-        self.adapters = AdapterStore()
-        self.end_tokens = _end_tokens(backbone, tokenizer)
+        self.adapters: AdapterStore[Adapter] = AdapterStore()
+        self.end_tokens = end_tokens(backbone.path, tokenizer)
         self.stats = SamplerStats(num_blocks=num_blocks, block_size=block_size)
         self._numbers = itertools.count()
         self._waiting: deque[_Request] = deque()
@@ -210,15 +211,7 @@ class SamplerEngine:
             OutOfCapacity: it could never fit into the cache.
         """
         length, params = len(request.prompt), request.params
-        self._check_vocabulary(request)
-        context = self.backbone.max_context
-        max_tokens = params.max_tokens or max(context - length, 1)
-        # The last token drawn is never fed back.
-        if length + max_tokens - 1 > context:
-            raise InvalidInput(
-                f"a prompt of {length} tokens and max_tokens={params.max_tokens} do not fit "
-                f"into the model's context of {context}"
-            )
+        max_tokens = check_request(request, self.backbone.vocab_size, self.backbone.max_context)
         self.adapters.resolve(request.policy)
         shared = length // self.block_size
         longest = -(-(length + max_tokens - 1) // self.block_size)
@@ -238,24 +231,6 @@ class SamplerEngine:
         self._waiting.append(entry)
         self.stats.requests += 1
         return number
-
-    def _check_vocabulary(self, request: SampleRequest) -> None:
-        size = self.backbone.vocab_size
-        asked = [("prompt", request.prompt)]
-        if request.target_prompt_logprobs is not None:
-            asked.append(("target_prompt_logprobs", request.target_prompt_logprobs))
-        for name, tokens in asked:
-            outside = np.argwhere(tokens >= size).tolist()
-            if outside:
-                raise InvalidInput(
-                    f"{name} holds token {tokens[tuple(outside[0])]} at position "
-                    f"{', '.join(map(str, outside[0]))}, outside the vocabulary of {size}"
-                )
-        for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
-            if getattr(request, name) > size:
-                raise InvalidInput(
-                    f"{name}={getattr(request, name)} is more than the vocabulary of {size}"
-                )
 
     def cancel(self, number: int) -> None:
         """Drop a request and free its memory; it yields no more events."""
@@ -598,7 +573,11 @@ class SamplerEngine:
         s.logprobs.append(logprob)
         s.versions.append(s.weights[1])
         self.stats.sampled_tokens += 1
-        if token in entry.stop_tokens or self._ends_with_stop_string(s):
+        if token in entry.stop_tokens or ends_with_stop_string(
+            self.tokenizer,
+            s.tokens[s.request.prompt_length :],
+            s.request.request.params.stop_strings,
+        ):
             s.stop_reason = "stop"
         elif len(s.logprobs) == entry.max_tokens:
             s.stop_reason = "length"
@@ -615,16 +594,6 @@ class SamplerEngine:
         if all(other.stop_reason for other in entry.sequences):
             self._free(entry)
             self._events.append(Event(entry.number, response=self._response(entry)))
-
-    def _ends_with_stop_string(self, s: _Sequence) -> bool:
-        stops = s.request.request.params.stop_strings
-        if not stops:
-            return False
-        # Every token adds at least one byte, so older ones cannot take part in a new match.
-        reach = max(len(stop.encode()) for stop in stops) + 4
-        drawn = s.tokens[s.request.prompt_length :][-reach:]
-        text = self.tokenizer.decode(drawn, skip_special_tokens=False)
-        return any(stop in text for stop in stops)
 
     def _response(self, entry: _Request) -> SampleResponse:
         sequences = [
@@ -651,15 +620,6 @@ class SamplerEngine:
 def _stacked(top: list[tuple[np.ndarray, np.ndarray]]) -> TokenLogprobs:
     ids, logprobs = zip(*top, strict=True)
     return TokenLogprobs(np.stack(ids), np.stack(logprobs))
-
-
-def _end_tokens(backbone: Backbone, tokenizer: Any) -> frozenset[int]:
-    """End tokens of the tokenizer and of the model's own generation settings."""
-    generation = getattr(backbone.model, "generation_config", None)
-    ends = {tokenizer.eos_token_id}
-    for source in (backbone.config.eos_token_id, getattr(generation, "eos_token_id", None)):
-        ends |= set(source) if isinstance(source, list) else {source}
-    return frozenset(end for end in ends if end is not None)
 
 
 def default_kv_bytes(free_bytes: int) -> int:

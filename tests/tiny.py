@@ -49,7 +49,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_model(path: str | Path, family: str = "llama", seed: int = 0) -> str:
+def make_tiny_model(
+    path: str | Path, family: str = "llama", seed: int = 0, head_dim: int = 16
+) -> str:
     """Write a seeded random model (`llama`, `qwen2` or `qwen3`) with its tokenizer to `path`.
 
     Two layers, hidden size 64, four query heads over two key/value heads; about 0.1M parameters.
@@ -62,7 +64,7 @@ def make_tiny_model(path: str | Path, family: str = "llama", seed: int = 0) -> s
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.2,  # wide, so that distributions are far from uniform
         eos_token_id=tokenizer.eos_token_id,

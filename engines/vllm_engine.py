@@ -1,0 +1,323 @@
+"""Sampling by vLLM: its asynchronous engine behind the interface of the torch engine.
+
+An adapter version reaches vLLM's workers as bytes and is loaded there by vLLM's own code
+(`vllm_worker`). Requests name adapters by integer ids. A pinned version has one of its own. The live
+requests of a run share one, whose weights are exchanged between two steps when a version is
+published (`live_cache="keep"`), so that they go on under it with their cache as it is; or each
+version has its own, and live requests are handed in again under it, so that their cache is computed
+anew (`"recompute"`). Every version has a name of its own, which is part of the key of vLLM's prefix
+cache: nothing computed under other weights serves a new request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity
+from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
+from .adapter_files import adapter_config, tensor_shapes
+from .adapter_store import BASE, AdapterKey, AdapterStore
+from .backbone import targets_of_folder
+from .lora import AdapterLayout
+from .prompt_scores import PromptScores
+from .requests import check_request, end_tokens
+from .sampler import SamplerStats
+from .vllm_draw import Carried, Draw, Listener, Live
+from .vllm_start import VllmOptions, start_vllm
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What the adapter store holds of a version; its weights are in vLLM's workers."""
+
+    config: LoraConfig
+    digest: bytes
+
+    def same_as(self, other: _Version) -> bool:
+        return self == other
+
+
+@dataclass(eq=False)
+class _Request:
+    """One under way, by the task that waits for it."""
+
+    run_id: str
+    task: asyncio.Task[Any]
+    dropped: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class VllmEngine:
+    """All methods on one event loop.
+
+    Args:
+        model_path: folder of the base model.
+        tokenizer: for end tokens and stop strings.
+        kv_bytes: memory for keys and values; None: vLLM's own share of the device.
+
+    Raises:
+        Unavailable: vLLM is not installed or did not start.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        tokenizer: Any,
+        *,
+        kv_bytes: int | None = None,
+        options: VllmOptions | None = None,
+    ) -> None:
+        config = AutoConfig.from_pretrained(model_path)
+        self.tokenizer, self.options = tokenizer, options or VllmOptions()
+        self.vocab_size: int = config.vocab_size
+        self.max_context: int = config.max_position_embeddings
+        self.targets = targets_of_folder(model_path)
+        self.end_tokens = end_tokens(model_path, tokenizer)
+        self.vllm = start_vllm(model_path, self.max_context, kv_bytes, self.options)
+        cache = self.vllm.vllm_config.cache_config
+        self.stats = SamplerStats(num_blocks=cache.num_gpu_blocks or 0, block_size=cache.block_size)
+        self.names = (str(number) for number in itertools.count())  # of vLLM's requests
+        self.adapters: AdapterStore[_Version] = AdapterStore()
+        self._numbers = itertools.count(1)
+        self._live: dict[str, Live] = {}
+        self._pinned: dict[AdapterKey, int] = {}  # integer ids
+        self._using: Counter[AdapterKey] = Counter()
+        self._moved: set[Live] = set()  # but still carried
+        self._requests: set[_Request] = set()
+        self._changing = asyncio.Lock()  # adapters, in the workers
+        self._epoch = 0
+        self._prepared = False
+
+    def close(self) -> None:
+        self.vllm.shutdown()
+
+    def layout(self, config: LoraConfig) -> AdapterLayout:
+        return AdapterLayout.of(config, self.targets)
+
+    # ---- adapters ----
+
+    async def add_adapter(
+        self, run_id: str, version: int, config: LoraConfig, flat: np.ndarray, keep: bool = True
+    ) -> None:
+        """Hold a version (flat float32 parameters); it becomes the run's newest. `keep=False`
+        lets it go once a newer one is there and no request uses it."""
+        layout = self.layout(config)
+        if flat.shape != (layout.size,):
+            raise InvalidInput(
+                f"adapter of run {run_id!r}: {tuple(flat.shape)} parameters, expected {layout.size}"
+            )
+        self.options.check(config)
+        params = memoryview(np.ascontiguousarray(flat, np.float32)).cast("B")
+        adapter = _Version(config, hashlib.blake2b(params).digest())
+        async with self._changing:
+            await self._prepare()
+            known = self.adapters.find(run_id, version)
+            key = self.adapters.add(run_id, version, adapter, keep)
+            if key != known:
+                described = adapter_config(layout, base_model=""), tensor_shapes(layout)
+                await self._workers("stage_adapter", _name(key), *described, params)
+            await self._go_live(key)
+            await self._sweep()
+
+    async def _prepare(self) -> None:
+        if not self._prepared:
+            await self._workers("prepare_adapters")
+            self._prepared = True
+
+    async def _workers(self, method: str, *args: Any) -> None:
+        await self.vllm.collective_rpc(method, args=args)
+
+    async def _go_live(self, key: AdapterKey) -> None:
+        """Make a version the one that its run's live requests go on under."""
+        live = self._live.get(key.run_id)
+        if live is not None and live.key == key:
+            return
+        if live is None or self.options.live_cache == "recompute":
+            new = Live(next(self._numbers), key, [(0, key.version)])
+            await self._workers("point_adapter", new.number, _name(key))
+            self._live[key.run_id] = new
+            if live is not None:
+                await self._retire(live)
+            return
+        # No step between the exchange and the stamp: a token's version is the one that drew it.
+        await self.vllm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        try:
+            await self._workers("point_adapter", live.number, _name(key))
+            self._epoch += 1
+            await self.vllm.update_weight_version(str(self._epoch))
+            live.key = key
+            live.versions.append((self._epoch, key.version))
+        finally:
+            await self.vllm.resume_generation()
+
+    async def _retire(self, live: Live) -> None:
+        """Nothing new carries it; forget it in the workers once nothing does."""
+        live.moved = True
+        if live.users:
+            self._moved.add(live)
+        else:
+            self._moved.discard(live)
+            await self._workers("drop_adapters", [], [live.number])
+
+    async def drop_run(self, run_id: str) -> None:
+        """Forget a run's weights; its requests under way fail."""
+        self.adapters.drop_run(run_id)
+        requests = [request for request in self._requests if request.run_id == run_id]
+        for request in requests:
+            request.dropped = True
+            request.task.cancel()
+        for request in requests:  # no step may ask for weights that are gone
+            await request.ended.wait()
+        async with self._changing:
+            live = self._live.pop(run_id, None)
+            if live is not None:
+                await self._retire(live)
+            await self._sweep()
+
+    async def newest(self, run_id: str) -> int | None:
+        return self.adapters.newest(run_id)
+
+    async def _sweep(self) -> None:
+        gone = self.adapters.sweep({*+self._using, *(live.key for live in self._moved)})
+        numbers = [self._pinned.pop(key) for key in gone if key in self._pinned]
+        if gone:
+            await self._workers("drop_adapters", [_name(key) for key in gone], numbers)
+
+    # ---- requests ----
+
+    async def sample(self, request: SampleRequest) -> SampleResponse:
+        """
+        Raises:
+            InvalidInput: token ids out of range, or beyond the model's context.
+            NotFound: the policy is not held, or its run was closed meanwhile.
+            OutOfCapacity: it could never fit into the cache.
+            Unavailable: vLLM's engine died.
+        """
+        draws = self._draws(request)
+        async with self._under_way(request):
+            await _all_of(draws)
+        scores = draws[0].scores
+        return SampleResponse(
+            [draw.sequence() for draw in draws],
+            scores.logprobs,
+            scores.top,
+            scores.targets,
+            scores.alternatives,
+            draws[0].cached,
+        )
+
+    async def stream(self, request: SampleRequest) -> AsyncIterator[SampledToken]:
+        """Tokens as they are drawn; leaving the iterator withdraws the request."""
+        arrived: asyncio.Queue[SampledToken | None] = asyncio.Queue()
+        draws = self._draws(request, arrived.put_nowait)
+        async with self._under_way(request):
+            running = asyncio.create_task(_all_of(draws))
+            running.add_done_callback(lambda _: arrived.put_nowait(None))
+            try:
+                while (token := await arrived.get()) is not None:
+                    yield token
+                await running
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+
+    def _draws(self, request: SampleRequest, listener: Listener | None = None) -> list[Draw]:
+        max_tokens = check_request(request, self.vocab_size, self.max_context)
+        longest = len(request.prompt) + max_tokens
+        needed = -(-(longest - 1) // self.stats.block_size)
+        if needed > self.stats.num_blocks:
+            raise OutOfCapacity(
+                f"a sample of up to {longest} tokens needs {needed} cache blocks, the sampler has "
+                f"{self.stats.num_blocks}; lower max_tokens, or give it more kv_bytes"
+            )
+        seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
+        scores = PromptScores(request, seed)
+        return [
+            Draw(self, request, index, max_tokens, scores, listener)
+            for index in range(request.num_samples)
+        ]
+
+    @asynccontextmanager
+    async def _under_way(self, request: SampleRequest) -> AsyncIterator[None]:
+        """Holds the version that a request is pinned to, and ends the request with its run."""
+        key, task = self.adapters.resolve(request.policy), asyncio.current_task()
+        assert task is not None
+        mine = _Request(key.run_id, task)
+        self._requests.add(mine)
+        self._using[key] += 1
+        self.stats.requests += 1
+        self.stats.running += 1
+        try:
+            if key != BASE and request.policy.version is not None:
+                await self._pin(key)
+            yield
+        except asyncio.CancelledError:
+            if not mine.dropped:
+                raise
+            task.uncancel()
+            raise NotFound(f"run {key.run_id!r} was closed while it sampled") from None
+        finally:
+            self.stats.running -= 1
+            self._using[key] -= 1
+            self._requests.discard(mine)
+            mine.ended.set()
+
+    async def _pin(self, key: AdapterKey) -> None:
+        async with self._changing:
+            if key not in self._pinned:
+                number = next(self._numbers)
+                await self._workers("point_adapter", number, _name(key))
+                self._pinned[key] = number
+
+    def carried(self, request: SampleRequest) -> Carried:
+        """What a request now carries for vLLM."""
+        key = self.adapters.resolve(request.policy)
+        if key == BASE:
+            return Carried("", 0, 0)
+        if request.policy.version is not None:
+            return Carried(_name(key), self._pinned[key], key.version)
+        live = self._live[key.run_id]
+        # vLLM takes requests of one name for requests of one id.
+        return Carried(f"{_name(live.key)} live", live.number, live.key.version, live)
+
+    @asynccontextmanager
+    async def carrying(self, carried: Carried) -> AsyncIterator[None]:
+        """While one of vLLM's requests carries an adapter, it stays in the workers."""
+        live = carried.live
+        if live is None:
+            yield
+            return
+        live.users += 1
+        try:
+            yield
+        finally:
+            live.users -= 1
+            if live.moved and not live.users:
+                async with self._changing:
+                    await self._retire(live)
+
+
+def _name(key: AdapterKey) -> str:
+    """Of an adapter in vLLM; `serial` alone would do."""
+    return f"{key.run_id}@{key.version}#{key.serial}"
+
+
+async def _all_of(draws: list[Draw]) -> None:
+    tasks = [asyncio.create_task(draw.run()) for draw in draws]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # vLLM has been told

@@ -1,0 +1,142 @@
+"""What runs inside vLLM's worker processes: adapters come from memory, logprobs at temperature.
+
+vLLM mixes `AdapterWorker` into its worker class (`worker_extension_cls`) and calls its methods by
+`collective_rpc`. This is the one place that touches vLLM's insides: its LoRA manager's loading and
+its sampler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.platforms import current_platform
+
+from .vllm_cpu_lora import use_grouped_lora
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An adapter as it came: its PEFT config and tensors, unscaled."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class AdapterWorker:
+    """Methods for vLLM's worker; `model_runner` and the rest of `self` are the worker's."""
+
+    model_runner: Any
+    staged: dict[str, Staged]
+    names: dict[int, str]
+    _score_prompts: Any
+
+    def prepare_adapters(self) -> None:
+        """Once, before the first adapter: load from what is staged, and temper logprobs."""
+        self.staged, self.names = {}, {}
+        if current_platform.is_cpu():
+            use_grouped_lora()
+        self.model_runner.lora_manager._load_adapter = self._load
+        self.model_runner.sampler = TemperedSampler(self.model_runner.sampler)
+        self._score_prompts = self.model_runner._get_prompt_logprobs_dict
+        self.model_runner._get_prompt_logprobs_dict = self._score_prompts_under_adapters
+
+    def stage_adapter(
+        self, name: str, config: dict[str, Any], shapes: dict[str, list[int]], flat: bytes
+    ) -> None:
+        """Keep an adapter's float32 parameters, tensor after tensor in the order of `shapes`."""
+        dtype = self.model_runner.lora_config.lora_dtype
+        params = torch.frombuffer(bytearray(flat), dtype=torch.float32).to(dtype)
+        tensors, position = {}, 0
+        for tensor, shape in shapes.items():
+            size = shape[0] * shape[1]
+            tensors[tensor] = params[position : position + size].view(shape)
+            position += size
+        self.staged[name] = Staged(config, tensors)
+
+    def point_adapter(self, number: int, name: str) -> None:
+        """Requests that carry this integer id run under that adapter from the next step on."""
+        self.names[number] = name
+        manager = self.model_runner.lora_manager
+        if number in manager.list_adapters():
+            manager.remove_adapter(number)  # and loaded anew when a request asks for it
+            manager._adapter_manager._last_mapping = None
+
+    def drop_adapters(self, names: list[str], numbers: list[int]) -> None:
+        for number in numbers:
+            self.names.pop(number, None)
+            self.model_runner.lora_manager.remove_adapter(number)
+        for name in names:
+            self.staged.pop(name, None)
+
+    def _load(self, request: Any) -> LoRAModel:
+        """In place of vLLM's reading of a folder."""
+        staged = self.staged[self.names[request.lora_int_id]]
+        manager = self.model_runner.lora_manager
+        model = manager._adapter_manager.model
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        helper = PEFTHelper.from_dict(staged.config)
+        helper.validate_legal(manager.lora_config)
+        return LoRAModel.from_lora_tensors(
+            request.lora_int_id,
+            # Copies: vLLM multiplies B by the scale in place, and may load what is staged again.
+            {name: tensor.clone() for name, tensor in staged.tensors.items()},
+            helper,
+            device="cpu",
+            dtype=manager.lora_config.lora_dtype,
+            model_vocab_size=manager.vocab_size,
+            weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+            skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+        )
+
+    def _score_prompts_under_adapters(self, hidden_TD: Tensor, scheduled: Any) -> Any:
+        """vLLM computes a prompt's logits with its output layer adapted as for the rows that are
+        sampled: wrong, or of another number. Here each row is under the adapter of its request."""
+        runner, manager = self.model_runner, self.model_runner.lora_manager._adapter_manager
+        last = manager._last_mapping
+        if last is None or not runner.num_prompt_logprobs:
+            return self._score_prompts(hidden_TD, scheduled)
+        compute = runner.model.compute_logits
+
+        def compute_logits(rows_ND: Tensor) -> Tensor:
+            offset = rows_ND.storage_offset() - hidden_TD.storage_offset()
+            first = offset // hidden_TD.stride(0)
+            numbers = tuple(last.index_mapping[first : first + len(rows_ND)])
+            manager.set_adapter_mapping(LoRAMapping(numbers, numbers, is_prefill=True))
+            return compute(rows_ND)
+
+        runner.model.compute_logits = compute_logits
+        try:
+            return self._score_prompts(hidden_TD, scheduled)
+        finally:
+            del runner.model.compute_logits
+            manager.set_adapter_mapping(last)
+
+
+class TemperedSampler(nn.Module):
+    """vLLM's sampler, whose raw logprobs are of the distribution at the request's temperature, as
+    the torch engine's are (at temperature 1 for greedy requests)."""
+
+    def __init__(self, sampler: nn.Module) -> None:
+        super().__init__()
+        self.sampler = sampler
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.sampler, name)
+
+    def forward(self, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        temperature = sampling_metadata.temperature
+        if temperature is not None:
+            greedy = temperature < 1e-5
+            logits = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+            ones = torch.where(greedy, temperature, 1.0)
+            sampling_metadata = replace(sampling_metadata, temperature=ones)
+        return self.sampler(logits, sampling_metadata, *args, **kwargs)
