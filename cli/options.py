@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..engines.vllm_start import EngineName
 from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.paths import default_home
 
@@ -31,6 +32,10 @@ Address = Annotated[
         show_default="start one on this machine",
         help='Cluster to join: "auto" for one that runs here, or ray://host:port.',
     ),
+]
+Engine = Annotated[
+    EngineName,
+    typer.Option(help="What samples; auto: vLLM where it is installed and there is a GPU."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 RunDir = Annotated[

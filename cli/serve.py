@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..primitives.errors import Unavailable
-from .options import Address, Home
+from .options import Address, Engine, Home
 
 
 def serve(
@@ -45,6 +45,7 @@ def serve(
     sampler_threads: Annotated[
         int | None, typer.Option(help="Threads of a sampler.", show_default="all CPUs")
     ] = None,
+    engine: Engine = "auto",
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the actors' output.")] = False,
 ) -> None:
     """Serve clients of the Tinker API and of OpenAI's until interrupted, then finish what is
@@ -77,6 +78,7 @@ def serve(
             home=home,
             learner_threads=learner_threads,
             sampler_threads=sampler_threads,
+            engine=engine,
             verbose=verbose,
         ) as service:
             await serve_http(service, settings, access, host, port, say)

@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 
 from ..algorithms.config import TrainConfig
+from ..engines.vllm_start import EngineName
 from ..envs.registry import find
 from .config import chosen_config, with_config_flags
 from .options import (
     Address,
     AsJson,
+    Engine,
     Home,
     Imports,
     Resume,
@@ -35,6 +37,7 @@ def train(
     resume: Resume = None,
     imports: Imports = None,
     address: Address = None,
+    engine: Engine = "auto",
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
@@ -51,7 +54,7 @@ def train(
     if ":" not in config.env:
         find(config.env)  # a wrong name is better told now than when the model is loaded
     console = Console(stderr=as_json)
-    summary = asyncio.run(_run(config, run_dir, resume, home, address, console))
+    summary = asyncio.run(_run(config, run_dir, resume, home, address, engine, console))
     if as_json:
         print_json(summary)
 
@@ -62,6 +65,7 @@ async def _run(
     resume: Path | None,
     home: Path,
     address: str | None,
+    engine: EngineName,
     console: Console,
 ) -> dict[str, Any]:
     from ..actors.cluster import connect
@@ -73,7 +77,7 @@ async def _run(
     console.print(f"model {config.model}: making it ready", highlight=False)
     await asyncio.to_thread(resolve_model, config.model, home, console.print)
     started = time.monotonic()
-    async with connect(address, home=home) as service:
+    async with connect(address, home=home, engine=engine) as service:
         with RichWatcher(config, console) as watch:
             if resume is not None:
                 result = await loop.resume(service, resume, steps=config.steps, watch=watch)

@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from tinsmith.cli.progress import RichWatcher
 from tinsmith.cli.report import report
 
 console = Console()
+EngineName = Literal["auto", "vllm", "torch"]
 
 
 def main(
@@ -35,6 +36,7 @@ def main(
     rank: int = 16,
     eval_episodes: int = 200,
     seed: int = 0,
+    engine: Annotated[EngineName, typer.Option(help="what samples")] = "auto",
     run_dir: Annotated[str | None, typer.Option(help="default: runs/tool-use-<time>")] = None,
     resume: Annotated[str | None, typer.Option(help="a run folder to go on with")] = None,
 ) -> None:
@@ -55,15 +57,17 @@ def main(
         seed=seed,
     )
     folder = Path(resume or run_dir or time.strftime("runs/tool-use-%Y%m%d-%H%M%S"))
-    asyncio.run(run(config, folder, resume is not None))
+    asyncio.run(run(config, folder, resume is not None, engine))
 
 
-async def run(config: tinsmith.TrainConfig, folder: Path, going_on: bool) -> None:
+async def run(
+    config: tinsmith.TrainConfig, folder: Path, going_on: bool, engine: EngineName
+) -> None:
     console.print(f"model {config.model}: making it ready", highlight=False)
     home = tinsmith.default_home()
     await asyncio.to_thread(tinsmith.resolve_model, config.model, home, console.print)
     started = time.monotonic()
-    async with tinsmith.connect() as service:
+    async with tinsmith.connect(engine=engine) as service:
         with RichWatcher(config, console) as watch:
             if going_on:
                 result = await tinsmith.resume(service, folder, steps=config.steps, watch=watch)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import torch
@@ -16,7 +17,8 @@ def test_doctor_names_the_engines_versions_and_models(command, tiny_home):
     assert facts["home"] == str(tiny_home)
 
 
-def test_an_engine_that_cannot_run_says_why(command):
+def test_an_engine_that_cannot_run_says_why(command, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "the torch engine samples" in " ".join(command("doctor").stdout.split())
 
 
