@@ -346,7 +346,7 @@ def plot(
         places = np.arange(len(rows)) + 0.4 * side
         axes.bar(places, rates, 0.38, yerr=(rates - lows, highs - rates), capsize=4, label=moment)
     axes.set_xticks(np.arange(len(before)) + 0.2, list(before))
-    axes.set(ylim=(0, 1), ylabel="success on held-out tasks (95% interval)")
+    axes.set(ylim=(0, 1), ylabel="success, 95% interval")
     axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 

@@ -62,7 +62,7 @@ PRESETS = {
             max_tokens=16,
             max_staleness=1,
             train_unembed=False,
-            eval_episodes=300,
+            eval_episodes=400,
         ),
     ),
     # Any model: does it all run?
