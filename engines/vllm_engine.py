@@ -118,7 +118,7 @@ class VllmEngine:
                 f"adapter of run {run_id!r}: {tuple(flat.shape)} parameters, expected {layout.size}"
             )
         self.options.check(config)
-        params = memoryview(np.ascontiguousarray(flat, np.float32)).cast("B")
+        params = np.ascontiguousarray(flat, np.float32).data.cast("B")
         adapter = _Version(config, hashlib.blake2b(params).digest())
         async with self._changing:
             await self._prepare()
