@@ -107,7 +107,7 @@ def _engine(
     if kv_bytes is None:
         kv_bytes = default_kv_bytes(psutil.virtual_memory().available)
     if vllm is not None:
-        from ..engines.vllm_engine import VllmEngine
+        from .vllm_engine import VllmEngine
 
         return VllmEngine(model_path, tokenizer, kv_bytes=kv_bytes, options=vllm)
     set_engine_threads(num_threads)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..engines.adapter_store import AdapterKey
+from ..engines.prompt_scores import PromptScores
+from ..engines.requests import ends_with_stop_string
 from ..primitives.errors import TinsmithError, Unavailable
 from ..primitives.types import (
     SampledSequence,
@@ -19,9 +22,6 @@ from ..primitives.types import (
     StopReason,
     TokenLogprobs,
 )
-from .adapter_store import AdapterKey
-from .prompt_scores import PromptScores
-from .requests import ends_with_stop_string
 
 if TYPE_CHECKING:
     from .vllm_engine import VllmEngine

@@ -73,7 +73,7 @@ async def engine(request, model_path, tokenizer):
     if request.param == "torch":
         yield EngineThread(SamplerEngine(Backbone(model_path), tokenizer, kv_bytes=1 << 24))
         return
-    from tinsmith.engines.vllm_engine import VllmEngine
+    from tinsmith.actors.vllm_engine import VllmEngine
 
     cache = "recompute" if request.param == "vllm-recompute" else "keep"
     options = VllmOptions(max_adapters=4, max_rank=8, dtype="float32", live_cache=cache)

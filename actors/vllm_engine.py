@@ -1,7 +1,7 @@
 """Sampling by vLLM: its asynchronous engine behind the interface of the torch engine.
 
 An adapter version reaches vLLM's workers as bytes and is loaded there by vLLM's own code
-(`vllm_worker`). Requests name adapters by integer ids. A pinned version has one of its own. The live
+(`engines/vllm_worker.py`). Requests name adapters by integer ids. A pinned version has one of its own. The live
 requests of a run share one, whose weights are exchanged between two steps when a version is
 published (`live_cache="keep"`), so that they go on under it with their cache as it is; or each
 version has its own, and live requests are handed in again under it, so that their cache is computed
@@ -24,17 +24,17 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from ..engines.adapter_files import adapter_config, tensor_shapes
+from ..engines.adapter_store import BASE, AdapterKey, AdapterStore
+from ..engines.backbone import targets_of_folder
+from ..engines.lora import AdapterLayout
+from ..engines.prompt_scores import PromptScores
+from ..engines.requests import check_request, end_tokens
+from ..engines.sampler import SamplerStats
+from ..engines.vllm_start import VllmOptions, start_vllm
 from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
-from .adapter_files import adapter_config, tensor_shapes
-from .adapter_store import BASE, AdapterKey, AdapterStore
-from .backbone import targets_of_folder
-from .lora import AdapterLayout
-from .prompt_scores import PromptScores
-from .requests import check_request, end_tokens
-from .sampler import SamplerStats
 from .vllm_draw import Carried, Draw, Listener, Live
-from .vllm_start import VllmOptions, start_vllm
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class VllmEngine:
 
     def close(self) -> None:
         self.vllm.shutdown()
+        del self.vllm  # at the interpreter's end, its `__del__` would find its modules gone
 
     def layout(self, config: LoraConfig) -> AdapterLayout:
         return AdapterLayout.of(config, self.targets)
