@@ -459,7 +459,16 @@ async def test_bad_requests_say_what_is_wrong(engine):
         await engine.sample(greedy([3, 336]))
     with pytest.raises(tinsmith.InvalidInput, match="prompt of 510 tokens and max_tokens=12"):
         await engine.sample(greedy(np.zeros(510, np.int64)))
-    with pytest.raises(tinsmith.InvalidInput, match="topk_sample_logprobs=337 is more than"):
-        await engine.sample(greedy([1, 2], topk_sample_logprobs=337))
+    with pytest.raises(
+        tinsmith.InvalidInput, match="target_prompt_logprobs holds token 400 at pos"
+    ):
+        await engine.sample(greedy([1, 2], target_prompt_logprobs=[[3, 400]]))
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        with pytest.raises(tinsmith.InvalidInput, match=f"{name}=337 is more than the vocab"):
+            await engine.sample(greedy([1, 2], **{name: 337}))
+    with pytest.raises(tinsmith.InvalidInput, match="prompt is empty"):
+        SampleRequest([])
+    with pytest.raises(tinsmith.InvalidInput, match="prompt holds a negative token"):
+        SampleRequest([1, -2])
     with pytest.raises(tinsmith.InvalidInput, match=r"adapter of run 'x': \(3,\) parameters"):
         await engine.add_adapter("x", 1, LoraConfig(rank=4), np.zeros(3, np.float32))

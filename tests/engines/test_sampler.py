@@ -10,11 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinsmith
 from tinsmith.engines.backbone import Backbone
-from tinsmith.engines.learner import LearnerEngine
 from tinsmith.engines.sampler import SamplerEngine
 from tinsmith.primitives.types import (
-    AdamParams,
-    Datum,
     LoraConfig,
     PolicyRef,
     SampleRequest,
@@ -94,80 +91,6 @@ def test_greedy_tokens_and_logprobs_equal_generates(model_path):
         logprobs = model(expected[None]).logits[0].log_softmax(-1)
         want = logprobs[len(prompt) - 1 : -1].gather(1, expected[len(prompt) :, None])[:, 0]
         np.testing.assert_allclose(sequence.logprobs, want.detach(), atol=1e-4)
-
-
-def test_logprobs_agree_with_the_learners(llama):
-    learner = LearnerEngine(llama[0])
-    learner.create_run("a", LoraConfig(rank=8, seed=0))
-    rng = np.random.default_rng(1)
-    data = [
-        Datum(
-            rng.integers(0, 336, 30),
-            {"target_tokens": rng.integers(0, 336, 30), "weights": np.ones(30)},
-        )
-    ]
-    for _ in range(3):
-        learner.forward_backward("a", data, "cross_entropy")
-        learner.optim_step("a", AdamParams(learning_rate=1e-2))
-    engine = make_engine(llama)
-    engine.add_adapter("a", 3, learner.runs["a"].config, learner.export("a"))
-    prompt = rng.integers(0, 336, 40)
-    number = engine.submit(seeded(prompt, 5, 30, PolicyRef("a"), 4))
-    for sequence in finish(engine, number)[0].sequences:
-        tokens = np.concatenate([prompt, sequence.tokens])
-        datum = Datum(
-            tokens[:-1], {"target_tokens": tokens[1:], "weights": np.ones(len(tokens) - 1)}
-        )
-        output = learner.forward("a", [datum], "cross_entropy")
-        expected = output.loss_fn_outputs[0]["logprobs"][len(prompt) - 1 :]
-        np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
-        assert (sequence.versions == 3).all()
-
-
-def test_a_seeded_request_draws_the_same_in_any_company(llama):
-    rng = np.random.default_rng(2)
-    prompt = rng.integers(0, 336, 50)
-    alone = make_engine(llama)
-    expected = finish(alone, alone.submit(seeded(prompt, 7, samples=3)))[0]
-    crowd = make_engine(llama, max_step_rows=64)
-    for i in range(6):
-        crowd.submit(seeded(rng.integers(0, 336, 10 + 9 * i), i, 20))
-    for _ in range(3):
-        crowd.step()
-    number = crowd.submit(seeded(prompt, 7, samples=3))
-    crowd.submit(seeded(prompt, 8, samples=2))
-    got = finish(crowd)[number]
-    for a, b in zip(expected.sequences, got.sequences, strict=True):
-        assert a.tokens.tolist() == b.tokens.tolist()
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
-    assert len({tuple(s.tokens) for s in got.sequences}) == 3
-
-
-def test_adapters_in_one_batch_do_as_each_alone(llama):
-    rng = np.random.default_rng(3)
-    prompts = [rng.integers(0, 336, 20 + i) for i in range(4)]
-    policies = [PolicyRef("a"), PolicyRef("b"), PolicyRef(), PolicyRef("a", 1)]
-
-    def engine_with_adapters():
-        engine = make_engine(llama)
-        random_adapter(engine, "a", 1, seed=1)
-        random_adapter(engine, "a", 2, seed=2)
-        random_adapter(engine, "b", 5, seed=3, rank=7, train_mlp=False)
-        return engine
-
-    together = engine_with_adapters()
-    numbers = [
-        together.submit(seeded(p, i, policy=policy))
-        for i, (p, policy) in enumerate(zip(prompts, policies, strict=True))
-    ]
-    mixed = finish(together, *numbers)
-    for i, version in enumerate((2, 5, 0, 1)):
-        alone = engine_with_adapters()
-        number = alone.submit(seeded(prompts[i], i, policy=policies[i]))
-        single = finish(alone, number)[0].sequences[0]
-        assert single.tokens.tolist() == mixed[i].sequences[0].tokens.tolist()
-        np.testing.assert_allclose(single.logprobs, mixed[i].sequences[0].logprobs, atol=1e-4)
-        assert (single.versions == version).all()
 
 
 def test_a_groups_prompt_is_computed_once(llama):
@@ -294,47 +217,6 @@ def test_a_live_request_goes_on_under_a_new_version_and_a_pinned_one_does_not_no
     np.testing.assert_allclose(
         later.sequences[0].logprobs, expected.sequences[0].logprobs, atol=1e-4
     )
-
-
-def test_versions_published_live_are_let_go_and_missed_clearly(llama):
-    engine = make_engine(llama)
-    layout = engine.backbone.layout(LoraConfig(rank=2))
-    for version in (1, 2, 3):
-        engine.add_adapter("a", version, layout.config, layout.initial(), keep=version == 1)
-    engine.submit(greedy([1], policy=PolicyRef("a", 1)))
-    with pytest.raises(tinsmith.NotFound, match=r"no longer holds version 2 .*newest: 3"):
-        engine.submit(greedy([1], policy=PolicyRef("a", 2)))
-    with pytest.raises(tinsmith.NotFound, match="no weights of run 'b'"):
-        engine.submit(greedy([1], policy=PolicyRef("b")))
-    finish(engine)
-
-
-def test_stop_tokens_and_strings_end_a_sample_and_are_part_of_it(llama):
-    engine, tokenizer = make_engine(llama), llama[1]
-    free = finish(engine, engine.submit(greedy([5, 6], 40)))[0].sequences[0]
-    token = int(free.tokens[10])
-    first = free.tokens.tolist().index(token)
-    stopped = SamplingParams(max_tokens=40, temperature=0, stop=[token])
-    got = finish(engine, engine.submit(SampleRequest([5, 6], stopped)))[0].sequences[0]
-    assert got.stop_reason == "stop"
-    assert got.tokens.tolist() == free.tokens[: first + 1].tolist()
-
-    text = tokenizer.decode(free.tokens)
-    prefixes = [tokenizer.decode(free.tokens[: i + 1]) for i in range(40)]
-    across = text[len(prefixes[9]) - 1 : len(prefixes[10]) + 1]  # from one token into the next
-    stopped = SamplingParams(max_tokens=40, temperature=0, stop=[across])
-    got = finish(engine, engine.submit(SampleRequest([5, 6], stopped)))[0].sequences[0]
-    assert got.stop_reason == "stop"
-    ends = next(i for i, prefix in enumerate(prefixes) if across in prefix)
-    assert got.tokens.tolist() == free.tokens[: ends + 1].tolist()
-
-
-def test_without_stop_a_sample_ends_at_the_tokenizers_end_token(llama):
-    engine, tokenizer = make_engine(llama), llama[1]
-    request = SampleRequest([1, 2, 3], SamplingParams(max_tokens=400, seed=1, temperature=2.0))
-    sequence = finish(engine, engine.submit(request))[0].sequences[0]
-    assert sequence.stop_reason == "stop"
-    assert sequence.tokens[-1] == tokenizer.eos_token_id
 
 
 def reference_logprobs(model_path, tokens, temperature=1.0):
@@ -472,35 +354,6 @@ def test_alternative_prompt_tokens_at_temperature_0_are_the_likeliest(tiny_llama
     np.testing.assert_array_equal(alternatives.tokens, np.stack([best, best], 1))
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 0.0])
-def test_the_likeliest_tokens_of_a_sample_equal_the_models(tiny_llama, llama, temperature):
-    engine = make_engine(llama)
-    prompt = np.arange(20)
-    params = SamplingParams(max_tokens=15, stop=[], seed=1, temperature=temperature, top_k=9)
-    number = engine.submit(SampleRequest(prompt, params, num_samples=3, topk_sample_logprobs=4))
-    other = engine.submit(SampleRequest(prompt, params, topk_sample_logprobs=2))
-    plain = engine.submit(seeded(prompt, 1))
-    response, fewer, without = finish(engine, number, other, plain)
-    for sequence in (*response.sequences, *fewer.sequences):
-        k = 2 if sequence in fewer.sequences else 4
-        text = np.concatenate([prompt, sequence.tokens])
-        logprobs = reference_logprobs(tiny_llama, text, temperature or 1.0)[19:-1]
-        values, ids = logprobs.topk(k)
-        np.testing.assert_array_equal(sequence.topk_logprobs.tokens, ids)
-        np.testing.assert_allclose(sequence.topk_logprobs.logprobs, values, atol=1e-4)
-        np.testing.assert_allclose(sequence.logprobs, at(logprobs, sequence.tokens), atol=1e-4)
-    assert without.sequences[0].topk_logprobs is None
-
-
-def test_without_max_tokens_a_sample_goes_on_to_the_end_of_the_context(llama):
-    engine = make_engine(llama)
-    for length, expected in ((500, 12), (511, 1), (512, 1)):
-        request = SampleRequest(np.arange(length) % 300, SamplingParams(stop=[], seed=0))
-        sequence = finish(engine, engine.submit(request))[0].sequences[0]
-        assert len(sequence.tokens) == expected
-        assert sequence.stop_reason == "length"
-
-
 def test_a_prompt_as_long_as_the_context_is_scored_to_its_end(tiny_llama, llama):
     engine = make_engine(llama)
     prompt = np.random.default_rng(10).integers(0, 336, 512)
@@ -535,37 +388,3 @@ def test_a_cancelled_request_frees_its_memory(llama):
     engine.cancel(waiting)
     assert not engine.busy
     assert engine.pool.in_use == engine.pool.reserved == 0
-
-
-def test_bad_requests_say_what_is_wrong(llama):
-    engine = make_engine(llama)
-    with pytest.raises(tinsmith.InvalidInput, match="token 336 at position 1, outside"):
-        engine.submit(greedy([3, 336]))
-    with pytest.raises(tinsmith.InvalidInput, match="prompt of 510 tokens and max_tokens=12"):
-        engine.submit(greedy(np.zeros(510, np.int64)))
-    with pytest.raises(
-        tinsmith.InvalidInput, match="target_prompt_logprobs holds token 400 at pos"
-    ):
-        engine.submit(greedy([1, 2], target_prompt_logprobs=[[3, 400]]))
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
-        with pytest.raises(tinsmith.InvalidInput, match=f"{name}=337 is more than the vocab"):
-            engine.submit(greedy([1, 2], **{name: 337}))
-    with pytest.raises(tinsmith.InvalidInput, match="prompt is empty"):
-        SampleRequest([])
-    with pytest.raises(tinsmith.InvalidInput, match="prompt holds a negative token"):
-        SampleRequest([1, -2])
-
-
-def test_streamed_tokens_are_the_responses(llama):
-    engine = make_engine(llama)
-    number = engine.submit(seeded([1, 2, 3], 4, samples=2), streaming=True)
-    tokens, response = {0: [], 1: []}, None
-    while engine.busy:
-        for event in engine.step():
-            if event.token is not None:
-                tokens[event.token.index].append(event.token.token)
-            else:
-                assert event.request == number
-                response = event.response
-    assert response is not None
-    assert [s.tokens.tolist() for s in response.sequences] == [tokens[0], tokens[1]]
