@@ -117,6 +117,8 @@ class Controller:
                     del self.started[key]
                 if starting or not isinstance(error, Unavailable):
                     raise
+                if kind == "sampler" and not task.exception():  # alive, with a dead engine
+                    ray.kill(task.result().actor)
 
     async def _learner(self, base_model: str) -> RayHandle:
         name, path = await self._model(base_model)

@@ -33,6 +33,9 @@ class EngineThread:
         self._listeners: dict[int, Listener] = {}
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
+    async def check(self) -> None:
+        """Its thread outlives what goes wrong in a step: nothing to find out."""
+
     def layout(self, config: LoraConfig) -> AdapterLayout:
         return self.engine.backbone.layout(config)
 

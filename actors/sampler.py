@@ -49,6 +49,11 @@ class Sampler:
         self.engine = _engine(model_path, num_threads, kv_bytes, vllm)
 
     async def ping(self) -> str:
+        """
+        Raises:
+            Unavailable: the engine died; the controller then starts another sampler.
+        """
+        await self.engine.check()
         return self.name
 
     async def sample(self, request: SampleRequest, name: str | None = None) -> SampleResponse:

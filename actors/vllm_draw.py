@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -85,13 +85,15 @@ class Draw:
     cached: int = 0
     told: int = 0  # tokens that the listener has heard of
 
-    async def run(self) -> None:
+    async def run(self, key: AdapterKey) -> None:
+        """`key`: the version that the request began with."""
         while self.stop_reason is None:
-            await self._go_on()
+            await self._go_on(key)
 
-    async def _go_on(self) -> None:
+    async def _go_on(self, key: AdapterKey) -> None:
         """Until the sample is done, or its cache is to be computed anew under other weights."""
-        engine, carried = self.engine, self.engine.carried(self.request)
+        engine, pinned = self.engine, self.request.policy.version is not None
+        carried = engine.carried(key, pinned)
         recompute = engine.options.live_cache == "recompute"
         name, begun = next(engine.names), len(self.tokens)
         generating = engine.vllm.generate(
@@ -232,18 +234,25 @@ class Draw:
         )
 
 
-async def _typed(generating: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """vLLM's outputs, its errors as ours. Closing it withdraws the request."""
+@contextmanager
+def vllm_errors() -> Iterator[None]:
+    """vLLM's errors as ours."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     try:
-        async with aclosing(generating):
-            async for output in generating:
-                yield output
+        yield
     except EngineDeadError as error:
         raise Unavailable(f"vLLM's engine died; its log says why ({error})") from error
     except EngineGenerateError as error:
         raise TinsmithError(f"sampling failed: {error.__cause__ or error}") from error
+
+
+async def _typed(generating: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """vLLM's outputs. Closing it withdraws the request."""
+    with vllm_errors():
+        async with aclosing(generating):
+            async for output in generating:
+                yield output
 
 
 def _epochs(vllm: Any, name: str, output: Any) -> list[tuple[int, int]]:

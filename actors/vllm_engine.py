@@ -34,7 +34,7 @@ from ..engines.sampler import SamplerStats
 from ..engines.vllm_start import VllmOptions, start_vllm
 from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
-from .vllm_draw import Carried, Draw, Listener, Live
+from .vllm_draw import Carried, Draw, Listener, Live, vllm_errors
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,14 @@ class VllmEngine:
         self.vllm.shutdown()
         del self.vllm  # at the interpreter's end, its `__del__` would find its modules gone
 
+    async def check(self) -> None:
+        """
+        Raises:
+            Unavailable: vLLM's engine died.
+        """
+        with vllm_errors():
+            await self.vllm.check_health()
+
     def layout(self, config: LoraConfig) -> AdapterLayout:
         return AdapterLayout.of(config, self.targets)
 
@@ -137,7 +145,8 @@ class VllmEngine:
             self._prepared = True
 
     async def _workers(self, method: str, *args: Any) -> None:
-        await self.vllm.collective_rpc(method, args=args)
+        with vllm_errors():
+            await self.vllm.collective_rpc(method, args=args)
 
     async def _go_live(self, key: AdapterKey) -> None:
         """Make a version the one that its run's live requests go on under."""
@@ -206,8 +215,8 @@ class VllmEngine:
             Unavailable: vLLM's engine died.
         """
         draws = self._draws(request)
-        async with self._under_way(request):
-            await _all_of(draws)
+        async with self._under_way(request) as key:
+            await _all_of(draws, key)
         scores = draws[0].scores
         return SampleResponse(
             [draw.sequence() for draw in draws],
@@ -222,8 +231,8 @@ class VllmEngine:
         """Tokens as they are drawn; leaving the iterator withdraws the request."""
         arrived: asyncio.Queue[SampledToken | None] = asyncio.Queue()
         draws = self._draws(request, arrived.put_nowait)
-        async with self._under_way(request):
-            running = asyncio.create_task(_all_of(draws))
+        async with self._under_way(request) as key:
+            running = asyncio.create_task(_all_of(draws, key))
             running.add_done_callback(lambda _: arrived.put_nowait(None))
             try:
                 while (token := await arrived.get()) is not None:
@@ -250,8 +259,8 @@ class VllmEngine:
         ]
 
     @asynccontextmanager
-    async def _under_way(self, request: SampleRequest) -> AsyncIterator[None]:
-        """Holds the version that a request is pinned to, and ends the request with its run."""
+    async def _under_way(self, request: SampleRequest) -> AsyncIterator[AdapterKey]:
+        """Holds the version that a request begins with, and ends the request with its run."""
         key, task = self.adapters.resolve(request.policy), asyncio.current_task()
         assert task is not None
         mine = _Request(key.run_id, task)
@@ -262,7 +271,7 @@ class VllmEngine:
         try:
             if key != BASE and request.policy.version is not None:
                 await self._pin(key)
-            yield
+            yield key
         except asyncio.CancelledError:
             if not mine.dropped:
                 raise
@@ -281,12 +290,11 @@ class VllmEngine:
                 await self._workers("point_adapter", number, _name(key))
                 self._pinned[key] = number
 
-    def carried(self, request: SampleRequest) -> Carried:
-        """What a request now carries for vLLM."""
-        key = self.adapters.resolve(request.policy)
+    def carried(self, key: AdapterKey, pinned: bool) -> Carried:
+        """What a request that began with that version now carries for vLLM."""
         if key == BASE:
             return Carried("", 0, 0)
-        if request.policy.version is not None:
+        if pinned:
             return Carried(_name(key), self._pinned[key], key.version)
         live = self._live[key.run_id]
         # vLLM takes requests of one name for requests of one id.
@@ -314,8 +322,8 @@ def _name(key: AdapterKey) -> str:
     return f"{key.run_id}@{key.version}#{key.serial}"
 
 
-async def _all_of(draws: list[Draw]) -> None:
-    tasks = [asyncio.create_task(draw.run()) for draw in draws]
+async def _all_of(draws: list[Draw], key: AdapterKey) -> None:
+    tasks = [asyncio.create_task(draw.run(key)) for draw in draws]
     try:
         await asyncio.gather(*tasks)
     finally:

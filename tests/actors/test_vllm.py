@@ -22,6 +22,7 @@ def test_a_run_trains_and_is_sampled_by_vllm(tmp_path):
         """
         import asyncio, json, sys
         import numpy as np
+        import psutil
         import tinsmith
         from tests.actors.script import children_settled, descendants
         from tests.data import text_datum
@@ -60,8 +61,19 @@ def test_a_run_trains_and_is_sampled_by_vllm(tmp_path):
                 (again,) = (await saved.sample(np.arange(40), 1, short)).sequences
                 np.testing.assert_array_equal(again.tokens, sampled.tokens)
                 pids = descendants()
+
+                (core,) = (p for p in map(psutil.Process, pids) if p.name().startswith("VLLM::EngineCor"))
+                core.kill()
+                try:
+                    await saved.sample(np.arange(40), 1, short)
+                except tinsmith.Unavailable as error:
+                    died = str(error)
+                saved = await service.create_sampling_client(path)
+                (again,) = (await saved.sample(np.arange(40), 1, short)).sequences
+                np.testing.assert_array_equal(again.tokens, sampled.tokens)
+                pids += descendants()
             print(json.dumps({
-                "refused": refused, "versions": sorted({int(v) for v in versions}),
+                "refused": refused, "died": died, "versions": sorted({int(v) for v in versions}),
                 "version": sorted({int(v) for v in sampled.versions}), "off": float(off),
                 "pids": pids, "settled": children_settled(),
             }))
@@ -74,6 +86,7 @@ def test_a_run_trains_and_is_sampled_by_vllm(tmp_path):
     )
     told = json.loads(out.splitlines()[-1])
     assert "rank 16 is above max_rank=8" in told["refused"]
+    assert "vLLM's engine died" in told["died"]
     assert told["versions"][0] == 0
     assert told["versions"][-1] > 0
     assert told["version"] == [3]
