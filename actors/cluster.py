@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..engines.vllm_start import EngineName, VllmOptions, chosen_engine
 from ..primitives.client import ServiceClient
@@ -145,15 +148,29 @@ def _join_ray(address: str | None, options: dict[str, Any]) -> None:
     common = dict(namespace=NAMESPACE, log_to_driver=options["verbose"], logging_level="ERROR")
     try:
         if address is None:
-            ray.init(
-                num_cpus=options["num_cpus"] or os.cpu_count(),
-                include_dashboard=False,
-                address="local",
-                **common,
-            )
+            _start_ray(options["num_cpus"] or os.cpu_count(), common)
         else:
             ray.init(address=address, **common)
     except ValueError as error:  # ray:// without Ray's client installed, for instance
         raise Unavailable(f"cannot join a Ray cluster at {address!r}: {error}") from error
     except ConnectionError as error:
         raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
+
+
+def _start_ray(num_cpus: int | None, common: dict[str, Any]) -> None:
+    """Ray gives its own processes 30 s to start, which a busy machine may need more than."""
+    import ray
+
+    there = set(psutil.Process().children(recursive=True))
+    for _ in range(2):
+        try:
+            ray.init(num_cpus=num_cpus, include_dashboard=False, address="local", **common)
+            return
+        except Exception as error:  # Ray has no type of its own for it
+            if "timed out during startup" not in str(error):
+                raise
+            for child in set(psutil.Process().children(recursive=True)) - there:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.name() in ("raylet", "gcs_server"):  # the rest ends with these
+                        child.kill()
+    raise Unavailable("Ray did not start in 30 s, tried twice: is this machine overloaded?")

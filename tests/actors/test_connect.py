@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import ray
 
 import tinsmith
 from tests.actors.script import run_script, wait_until_gone
+from tinsmith.actors.cluster import _start_ray
 
 
 def test_a_blocking_script_trains_samples_plays_and_leaves_no_process(tiny_home):
@@ -123,3 +125,23 @@ def test_asyncio_scripts_connect_share_and_close(tiny_home, tmp_path):
 def test_an_address_of_no_known_form_is_refused(address):
     with pytest.raises(tinsmith.InvalidInput, match="address must be None"):
         tinsmith.connect(address)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_cluster_that_a_busy_machine_did_not_start_in_time_is_started_again(
+    monkeypatch, failures
+):
+    tries = []
+
+    def init(**_):
+        tries.append(1)
+        if len(tries) <= failures:
+            raise Exception("The current node timed out during startup. This could happen ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    if failures == 1:
+        _start_ray(2, {})
+    else:
+        with pytest.raises(tinsmith.Unavailable, match="is this machine overloaded"):
+            _start_ray(2, {})
+    assert len(tries) == 2
