@@ -40,11 +40,12 @@ def test_a_run_trains_and_is_sampled_by_vllm(tmp_path):
                 training = await service.create_lora_training_client(model, rank=4, seed=0)
                 live = await training.live_sampling_client().ready()
                 params = tinsmith.SamplingParams(max_tokens=300, seed=0, stop=[])
-                under_way = live.sample(np.arange(40), 2, params)
+                under_way = live.sample_stream(np.arange(40), 1, params)
+                versions = [(await anext(under_way)).version]
                 for _ in range(3):
                     training.forward_backward([text_datum(rng, 40)])
                     await training.optim_step(tinsmith.AdamParams(learning_rate=0.01))
-                versions = np.concatenate([s.versions for s in (await under_way).sequences])
+                versions += [token.version async for token in under_way]
                 pinned = await training.save_weights_and_get_sampling_client()
                 short = tinsmith.SamplingParams(max_tokens=20, seed=1, stop=[])
                 (sampled,) = (await pinned.sample(np.arange(40), 1, short)).sequences
@@ -73,7 +74,7 @@ def test_a_run_trains_and_is_sampled_by_vllm(tmp_path):
                 np.testing.assert_array_equal(again.tokens, sampled.tokens)
                 pids += descendants()
             print(json.dumps({
-                "refused": refused, "died": died, "versions": sorted({int(v) for v in versions}),
+                "refused": refused, "died": died, "versions": sorted(set(versions)),
                 "version": sorted({int(v) for v in sampled.versions}), "off": float(off),
                 "pids": pids, "settled": children_settled(),
             }))

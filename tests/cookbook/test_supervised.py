@@ -33,7 +33,7 @@ def test_both_kinds_of_evaluators_see_the_model_learn(kitchen, tmp_path):
     held_out, accuracy = log.column("test/nll"), log.column("accuracy")
     assert held_out[0] > 5
     assert held_out[-1] < 0.1
-    assert accuracy[0] <= 0.5
+    assert accuracy[0] < 1
     assert accuracy[-1] == 1
 
 
