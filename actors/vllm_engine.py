@@ -269,6 +269,9 @@ class VllmEngine:
         self.stats.requests += 1
         self.stats.running += 1
         try:
+            if not self._prepared:
+                async with self._changing:
+                    await self._prepare()
             if key != BASE and request.policy.version is not None:
                 await self._pin(key)
             yield key

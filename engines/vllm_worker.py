@@ -37,7 +37,7 @@ class AdapterWorker:
     _score_prompts: Any
 
     def prepare_adapters(self) -> None:
-        """Once, before the first adapter: load from what is staged, and temper logprobs."""
+        """Once, before the first adapter or request: load from what is staged, and temper logprobs."""
         self.staged, self.names = {}, {}
         if current_platform.is_cpu():
             use_grouped_lora()

@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,9 +19,9 @@ from rich.console import Console
 import tinsmith
 from tinsmith.cli.progress import RichWatcher
 from tinsmith.cli.report import report
+from tinsmith.engines.vllm_start import EngineName
 
 console = Console()
-EngineName = Literal["auto", "vllm", "torch"]
 
 
 def main(
