@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .actors.cluster import connect
+    from .actors.placement import Placement
+    from .actors.scaling import Replicas
     from .algorithms.config import TrainConfig
     from .algorithms.evaluate import EvalResult, evaluate
     from .algorithms.train import TrainResult, Watcher, resume, train
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "actors.cluster": ["connect"],
+    "actors.placement": ["Placement"],
+    "actors.scaling": ["Replicas"],
     "algorithms.config": ["TrainConfig"],
     "algorithms.evaluate": ["EvalResult", "evaluate"],
     "algorithms.train": ["TrainResult", "Watcher", "resume", "train"],

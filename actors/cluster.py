@@ -18,6 +18,8 @@ from ..primitives.errors import InvalidInput, Unavailable
 from ..primitives.op import Op
 from ..primitives.paths import default_home
 from ..primitives.sync import SyncClient, run_blocking
+from .placement import Placement
+from .scaling import Replicas
 
 NAMESPACE = "tinsmith"
 _ADDRESS = re.compile(r"(ray://)?[^/\s]+:\d+")
@@ -63,6 +65,8 @@ def connect(
     kv_bytes: int | None = None,
     engine: EngineName = "auto",
     vllm: VllmOptions | None = None,
+    samplers: int | Replicas = 1,
+    placement: Placement | None = None,
     verbose: bool = False,
 ) -> Connection:
     """Open the service: `service = await tinsmith.connect()`.
@@ -79,6 +83,9 @@ def connect(
         engine: what samples: `vllm`, `torch`, or `auto`: vLLM if it is installed and there is a
             GPU. (A cluster that runs already keeps its own.)
         vllm: how vLLM is started.
+        samplers: how many a base model has: a number, or `Replicas` for as many as it takes.
+        placement: what learners, samplers and environment workers reserve of the cluster
+            (default: GPUs, where there are any).
         verbose: show the actors' own output.
 
     Raises:
@@ -96,6 +103,8 @@ def connect(
             sampler_threads=sampler_threads,
             kv_bytes=kv_bytes,
             vllm=chosen_engine(engine, vllm),
+            replicas=Replicas.of(samplers),
+            placement=placement,
         ),
     )
     return Connection(address, home, options)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -35,18 +35,25 @@ from ..primitives.types import (
 from ..primitives.validation import check_ttl
 from .archive import adapter_files
 from .env_worker import EnvWorker
-from .handle import RayHandle
+from .handle import MAX_WAITING_CALLS, RayHandle
 from .learner import Learner, parked_folder
+from .placement import Placement, Plan, Seat, plan
 from .registry import Registry
-from .sampler import Sampler
+from .reservation import Reservation
+from .sampler_pool import SamplerPool
+from .scaling import Replicas
 from .storage import Storage
 from .threads import ENGINE_ENV
 
-# Waiting operations are coroutines of the actor: let hundreds of clients keep hundreds each.
-MAX_WAITING_CALLS = 100_000
 EXPIRY_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    plan: Plan
+    reservation: Reservation
 
 
 class Controller:
@@ -57,6 +64,8 @@ class Controller:
         sampler_threads: int | None = None,
         kv_bytes: int | None = None,
         vllm: VllmOptions | None = None,
+        replicas: Replicas | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
@@ -65,9 +74,13 @@ class Controller:
         self.sampler_threads = sampler_threads
         self.kv_bytes = kv_bytes
         self.vllm = vllm
+        self.replicas = replicas or Replicas()
+        self.placement = placement or Placement()
+        self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
         self.started: dict[tuple[str, str], asyncio.Task[RayHandle]] = {}
         self.models: dict[str, tuple[str, str]] = {}
         self.env_workers_running: list[RayHandle] = []
+        self.env_reservations: list[tuple[list[RayHandle], Reservation]] = []
         self.open_runs: dict[str, str] = {}  # run -> folder of the model whose learner holds it
         self.openings: Counter[str] = Counter()  # how many are being opened, by that folder
         # By run: who opens or closes it, and who gives or takes its checkpoints' names. Two locks,
@@ -117,8 +130,27 @@ class Controller:
                     del self.started[key]
                 if starting or not isinstance(error, Unavailable):
                     raise
-                if kind == "sampler" and not task.exception():  # alive, with a dead engine
-                    ray.kill(task.result().actor)
+
+    async def _place(self, name: str, path: str) -> Place:
+        """Where a model's learner and samplers go, reserved by whoever asks first."""
+
+        async def reserve() -> Place:
+            gpus = ray.cluster_resources().get("GPU", 0.0)
+            tensor_parallel = 1 if self.vllm is None else self.vllm.tensor_parallel
+            samplers = self.replicas.min_replicas
+            planned = plan(self.placement, gpus, tensor_parallel, samplers)
+            what = f"the learner of {name} and {samplers} of its samplers"
+            return Place(planned, await Reservation.make(what, planned.bundles, self.placement))
+
+        if path not in self.places:
+            self.places[path] = asyncio.create_task(reserve())
+        task = self.places[path]
+        try:
+            return await asyncio.shield(task)
+        except TinsmithError:
+            if self.places.get(path) is task:
+                del self.places[path]
+            raise
 
     async def _learner(self, base_model: str) -> RayHandle:
         name, path = await self._model(base_model)
@@ -126,9 +158,14 @@ class Controller:
 
         async def start() -> RayHandle:
             self._forget_open_runs(path)  # they died with the learner before
+            place = await self._place(name, path)
             actor = (
                 ray.remote(Learner)
-                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, runtime_env=ENGINE_ENV)
+                .options(
+                    max_concurrency=MAX_WAITING_CALLS,
+                    runtime_env=ENGINE_ENV,
+                    **place.reservation.options(place.plan.learner),
+                )
                 .remote(name, path, self.home, me, self.learner_threads)
             )
             handle = RayHandle(actor, "learner")
@@ -141,16 +178,18 @@ class Controller:
         name, path = await self._model(base_model)
 
         async def start() -> RayHandle:
+            place = await self._place(name, path)
+            sampler = dict(
+                model_path=path,
+                name=name,
+                num_threads=self.sampler_threads,
+                kv_bytes=self.kv_bytes,
+                vllm=self.vllm,
+            )
             actor = (
-                ray.remote(Sampler)
-                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, runtime_env=ENGINE_ENV)
-                .remote(
-                    path,
-                    name=name,
-                    num_threads=self.sampler_threads,
-                    kv_bytes=self.kv_bytes,
-                    vllm=self.vllm,
-                )
+                ray.remote(SamplerPool)
+                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS)
+                .remote(name, sampler, self.replicas, place.plan, place.reservation)
             )
             return RayHandle(actor, "sampler")
 
@@ -160,16 +199,27 @@ class Controller:
         if count < 1:
             raise InvalidInput(f"num_workers must be at least 1, got {count}")
         _, path = await self._model(base_model)
+        cpus = self.placement.env_worker_cpus
+        bundles = [{"CPU": cpus}] * count if cpus else []
+        reservation = await Reservation.make(
+            f"{count} environment workers", bundles, replace(self.placement, strategy="SPREAD")
+        )
+        seats = [Seat(cpus, 0, index if cpus else None) for index in range(count)]
         workers = [
             RayHandle(
                 ray.remote(EnvWorker)
-                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, max_restarts=-1)
+                .options(
+                    max_concurrency=MAX_WAITING_CALLS,
+                    max_restarts=-1,
+                    **reservation.options(seat),
+                )
                 .remote(path, max_concurrent=max_concurrent),
                 "environment worker",
             )
-            for _ in range(count)
+            for seat in seats
         ]
         self.env_workers_running += workers
+        self.env_reservations.append((workers, reservation))
         return workers
 
     async def end_env_workers(self, workers: list[RayHandle]) -> None:
@@ -177,6 +227,10 @@ class Controller:
         for worker in workers:
             ray.kill(worker.actor)
         self.env_workers_running = [w for w in self.env_workers_running if w.actor not in ended]
+        for together, reservation in list(self.env_reservations):
+            if ended.issuperset(worker.actor for worker in together):
+                reservation.release()
+                self.env_reservations.remove((together, reservation))
 
     # ---- runs ----
 
@@ -327,6 +381,9 @@ class Controller:
             task = self.started.pop((kind, path), None)
             if task is not None and task.done() and not task.exception():
                 ray.kill(task.result().actor)
+        place = self.places.pop(path, None)
+        if place is not None and place.done() and not place.exception():
+            place.result().reservation.release()
         return True
 
     def _loaded(self, base_model: str) -> str | None:

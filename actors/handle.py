@@ -20,6 +20,9 @@ from ray.exceptions import (
 from ..primitives.errors import OpCancelled, TinsmithError, Unavailable
 from ..primitives.op import failed
 
+# Waiting operations are coroutines of the actor: let hundreds of clients keep hundreds each.
+MAX_WAITING_CALLS = 100_000
+
 _pending: set[Future[Any]] = set()
 _END = object()
 

@@ -34,7 +34,7 @@ from ..primitives.types import (
 )
 from ..primitives.validation import check_ttl
 from .storage import MANIFEST, Storage
-from .threads import set_engine_threads
+from .threads import engine_device, set_engine_threads
 
 RESULTS_KEPT = 4096
 PARKED = "state.safetensors"
@@ -104,7 +104,7 @@ class Learner:
 
     def _load(self) -> None:
         set_engine_threads(self.num_threads)
-        self.engine = LearnerEngine(Backbone(self.model_path))
+        self.engine = LearnerEngine(Backbone(self.model_path, device=engine_device()))
 
     async def _in_engine(self, function: Any, *args: Any) -> Any:
         loop = asyncio.get_running_loop()

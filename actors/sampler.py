@@ -19,7 +19,7 @@ from ..primitives.client import load_tokenizer
 from ..primitives.errors import OpCancelled
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 from .engine_thread import EngineThread
-from .threads import set_engine_threads
+from .threads import engine_device, set_engine_threads
 
 
 class Sampler:
@@ -116,4 +116,5 @@ def _engine(
 
         return VllmEngine(model_path, tokenizer, kv_bytes=kv_bytes, options=vllm)
     set_engine_threads(num_threads)
-    return EngineThread(SamplerEngine(Backbone(model_path), tokenizer, kv_bytes=kv_bytes))
+    backbone = Backbone(model_path, device=engine_device())
+    return EngineThread(SamplerEngine(backbone, tokenizer, kv_bytes=kv_bytes))

@@ -23,6 +23,11 @@ ENGINE_ENV = {
 }
 
 
+def engine_device() -> str:
+    """ "cuda" for an actor that was given a GPU: Ray shows it no other."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def set_engine_threads(num_threads: int | None) -> None:
     """Use `num_threads` torch threads (None: one per CPU this process may use; Ray would give an
     actor without reserved CPUs only one)."""

@@ -62,6 +62,27 @@ class AdapterStore(Generic[A]):
                 self._kept.popitem(last=False)
         return key
 
+    def remove(self, key: AdapterKey) -> None:
+        """Take back what `add` has just added, before a `sweep`: what was the newest is it again."""
+        del self._adapters[key]
+        self._kept.pop(key, None)
+        self._keys = {(k.run_id, k.version): k for k in self._adapters}
+        before = [k for k in self._adapters if k.run_id == key.run_id]
+        if before:
+            self._newest[key.run_id] = before[-1]
+        else:
+            self._newest.pop(key.run_id, None)
+
+    def held(self) -> list[tuple[AdapterKey, A, bool]]:
+        """All versions in an order in which adding them anew gives the same store; the last of
+        each says whether it is kept (one that is only used is)."""
+        newest = list(self._newest.values())
+        older = [*self._kept, *(key for key in self._adapters if key not in self._kept)]
+        return [
+            *((key, self._adapters[key], True) for key in older if key not in newest),
+            *((key, self._adapters[key], key in self._kept) for key in newest),
+        ]
+
     def drop_run(self, run_id: str) -> None:
         self._newest.pop(run_id, None)
         for key in [key for key in self._kept if key.run_id == run_id]:

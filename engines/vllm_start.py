@@ -123,6 +123,8 @@ def start_vllm(path: str, context: int, kv_bytes: int | None, options: VllmOptio
         dtype=options.dtype,
         max_model_len=context + 1,
         tensor_parallel_size=options.tensor_parallel,
+        # Its processes take the GPUs of this actor; in a placement group vLLM would ask Ray.
+        distributed_executor_backend="mp" if options.tensor_parallel > 1 else None,
         enforce_eager=eager,
         enable_prefix_caching=True,
         enable_lora=True,
