@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..primitives.errors import Unavailable
-from .options import Address, Engine, Home
+from .options import Address, Engine, Home, Samplers
 
 
 def serve(
@@ -46,6 +46,7 @@ def serve(
         int | None, typer.Option(help="Threads of a sampler.", show_default="all CPUs")
     ] = None,
     engine: Engine = "auto",
+    samplers: Samplers = 1,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the actors' output.")] = False,
 ) -> None:
     """Serve clients of the Tinker API and of OpenAI's until interrupted, then finish what is
@@ -79,6 +80,7 @@ def serve(
             learner_threads=learner_threads,
             sampler_threads=sampler_threads,
             engine=engine,
+            samplers=samplers,
             verbose=verbose,
         ) as service:
             await serve_http(service, settings, access, host, port, say)

@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from ..algorithms.config import TrainConfig
-from ..engines.vllm_start import EngineName
 from ..envs.registry import find
 from .config import chosen_config, with_config_flags
 from .options import (
@@ -22,6 +21,7 @@ from .options import (
     Imports,
     Resume,
     RunDir,
+    Samplers,
     import_environments,
     print_json,
 )
@@ -38,6 +38,7 @@ def train(
     imports: Imports = None,
     address: Address = None,
     engine: Engine = "auto",
+    samplers: Samplers = 1,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
@@ -54,7 +55,8 @@ def train(
     if ":" not in config.env:
         find(config.env)  # a wrong name is better told now than when the model is loaded
     console = Console(stderr=as_json)
-    summary = asyncio.run(_run(config, run_dir, resume, home, address, engine, console))
+    opened: dict[str, Any] = dict(address=address, home=home, engine=engine, samplers=samplers)
+    summary = asyncio.run(_run(config, run_dir, resume, opened, console))
     if as_json:
         print_json(summary)
 
@@ -63,9 +65,7 @@ async def _run(
     config: TrainConfig,
     run_dir: Path | None,
     resume: Path | None,
-    home: Path,
-    address: str | None,
-    engine: EngineName,
+    opened: dict[str, Any],
     console: Console,
 ) -> dict[str, Any]:
     from ..actors.cluster import connect
@@ -75,9 +75,9 @@ async def _run(
     from .report import report
 
     console.print(f"model {config.model}: making it ready", highlight=False)
-    await asyncio.to_thread(resolve_model, config.model, home, console.print)
+    await asyncio.to_thread(resolve_model, config.model, opened["home"], console.print)
     started = time.monotonic()
-    async with connect(address, home=home, engine=engine) as service:
+    async with connect(**opened) as service:
         with RichWatcher(config, console) as watch:
             if resume is not None:
                 result = await loop.resume(service, resume, steps=config.steps, watch=watch)

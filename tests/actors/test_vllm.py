@@ -65,16 +65,13 @@ def test_a_run_trains_and_is_sampled_by_vllm(tmp_path):
 
                 (core,) = (p for p in map(psutil.Process, pids) if p.name().startswith("VLLM::EngineCor"))
                 core.kill()
-                try:
-                    await saved.sample(np.arange(40), 1, short)
-                except tinsmith.Unavailable as error:
-                    died = str(error)
-                saved = await service.create_sampling_client(path)
-                (again,) = (await saved.sample(np.arange(40), 1, short)).sequences
-                np.testing.assert_array_equal(again.tokens, sampled.tokens)
+                # Its successor is given all adapters again: the checkpoint's, the pinned and the live.
+                for policy in (saved, pinned, live):
+                    (again,) = (await policy.sample(np.arange(40), 1, short)).sequences
+                    np.testing.assert_array_equal(again.tokens, sampled.tokens)
                 pids += descendants()
             print(json.dumps({
-                "refused": refused, "died": died, "versions": sorted(set(versions)),
+                "refused": refused, "versions": sorted(set(versions)),
                 "version": sorted({int(v) for v in sampled.versions}), "off": float(off),
                 "pids": pids, "settled": children_settled(),
             }))
@@ -87,7 +84,6 @@ def test_a_run_trains_and_is_sampled_by_vllm(tmp_path):
     )
     told = json.loads(out.splitlines()[-1])
     assert "rank 16 is above max_rank=8" in told["refused"]
-    assert "vLLM's engine died" in told["died"]
     assert told["versions"][0] == 0
     assert told["versions"][-1] > 0
     assert told["version"] == [3]
