@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tinsmith
+from tinsmith.engines.vllm_start import chosen_engine
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -28,6 +29,14 @@ def options(description: str | None) -> argparse.Namespace:
         chosen.runs = 1
     chosen.model = str(tinsmith.resolve_model(chosen.model, tinsmith.default_home(), say))
     return chosen
+
+
+def require_vllm() -> None:
+    """End with one sentence where vLLM is not installed."""
+    try:
+        chosen_engine("vllm")
+    except tinsmith.Unavailable as error:
+        raise SystemExit(str(error)) from None
 
 
 def with_environment(**wanted: str) -> None:
