@@ -58,12 +58,14 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def alternate(
-    ours: Callable[[], object], theirs: Callable[[], object], runs: int
+    ours: Callable[[], object], theirs: Callable[[], object], runs: int, rest: float = 0
 ) -> tuple[float, float]:
-    """Median seconds of each side: one warm-up, then `runs` times one after the other."""
+    """Median seconds of each side: one warm-up, then `runs` times one after the other, each after
+    `rest` seconds in which what the side before left running comes to rest."""
     times: tuple[list[float], list[float]] = ([], [])
     for run in range(runs + 1):
         for side, action in enumerate((ours, theirs)):
+            time.sleep(rest)
             taken = seconds(action)
             say(
                 f"{'warm-up' if run == 0 else f'run {run}'}, {('ours', 'theirs')[side]}: {taken:.3f} s"
