@@ -1,6 +1,6 @@
 """Sampling by vLLM: its asynchronous engine behind the interface of the torch engine.
 
-An adapter version reaches vLLM's workers as bytes and is loaded there by vLLM's own code
+An adapter version reaches vLLM's workers in shared memory and is loaded there by vLLM's own code
 (`engines/vllm_worker.py`). Requests name adapters by integer ids. A pinned version has one of its own. The live
 requests of a run share one, whose weights are exchanged between two steps when a version is
 published (`live_cache="keep"`), so that they go on under it with their cache as it is; or each
@@ -12,7 +12,6 @@ cache: nothing computed under other weights serves a new request.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import secrets
 from collections import Counter
@@ -31,21 +30,24 @@ from ..engines.lora import AdapterLayout
 from ..engines.prompt_scores import PromptScores
 from ..engines.requests import check_request, end_tokens
 from ..engines.sampler import SamplerStats
+from ..engines.shared_memory import SharedArray, SharedArrays
 from ..engines.vllm_start import VllmOptions, start_vllm
 from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 from .vllm_draw import Carried, Draw, Listener, Live, vllm_errors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Version:
-    """What the adapter store holds of a version; its weights are in vLLM's workers."""
+    """A version that is held; vLLM's workers read its parameters where they are."""
 
     config: LoraConfig
-    digest: bytes
+    params: SharedArray
 
     def same_as(self, other: _Version) -> bool:
-        return self == other
+        return self.config == other.config and np.array_equal(
+            self.params.values, other.params.values
+        )
 
 
 @dataclass(eq=False)
@@ -89,6 +91,8 @@ class VllmEngine:
         self.stats = SamplerStats(num_blocks=cache.num_gpu_blocks or 0, block_size=cache.block_size)
         self.names = (str(number) for number in itertools.count())  # of vLLM's requests
         self.adapters: AdapterStore[_Version] = AdapterStore()
+        self._memory = SharedArrays()
+        self._params: dict[AdapterKey, SharedArray] = {}  # of what the workers hold
         self._numbers = itertools.count(1)
         self._live: dict[str, Live] = {}
         self._pinned: dict[AdapterKey, int] = {}  # integer ids
@@ -127,17 +131,20 @@ class VllmEngine:
                 f"adapter of run {run_id!r}: {tuple(flat.shape)} parameters, expected {layout.size}"
             )
         self.options.check(config)
-        params = np.ascontiguousarray(flat, np.float32).data.cast("B")
-        adapter = _Version(config, hashlib.blake2b(params).digest())
+        params = self._memory.take(flat)
         async with self._changing:
             await self._prepare()
             known = self.adapters.find(run_id, version)
-            key = self.adapters.add(run_id, version, adapter, keep)
-            if key != known:
-                described = adapter_config(layout, base_model=""), tensor_shapes(layout)
-                await self._workers("stage_adapter", _name(key), *described, params)
-            await self._go_live(key)
-            await self._sweep()
+            key = self.adapters.add(run_id, version, _Version(config, params), keep)
+            async with self._between_steps(key):
+                if key == known:
+                    self._memory.give_back(params)
+                else:
+                    self._params[key] = params
+                    described = adapter_config(layout, base_model=""), tensor_shapes(layout)
+                    await self._workers("stage_adapter", _name(key), *described, params.path)
+                await self._go_live(key)
+                await self._sweep()
 
     async def _prepare(self) -> None:
         if not self._prepared:
@@ -147,6 +154,20 @@ class VllmEngine:
     async def _workers(self, method: str, *args: Any) -> None:
         with vllm_errors():
             await self.vllm.collective_rpc(method, args=args)
+
+    @asynccontextmanager
+    async def _between_steps(self, key: AdapterKey) -> AsyncIterator[None]:
+        """No step meanwhile if the weights of live requests are exchanged: a token's version is the
+        one that drew it. All of the change is made there, as each call would wait for a step."""
+        live = self._live.get(key.run_id)
+        if live is None or live.key == key or self.options.live_cache == "recompute":
+            yield
+            return
+        await self.vllm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        try:
+            yield
+        finally:
+            await self.vllm.resume_generation()
 
     async def _go_live(self, key: AdapterKey) -> None:
         """Make a version the one that its run's live requests go on under."""
@@ -160,16 +181,11 @@ class VllmEngine:
             if live is not None:
                 await self._retire(live)
             return
-        # No step between the exchange and the stamp: a token's version is the one that drew it.
-        await self.vllm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
-        try:
-            await self._workers("point_adapter", live.number, _name(key))
-            self._epoch += 1
-            await self.vllm.update_weight_version(str(self._epoch))
-            live.key = key
-            live.versions.append((self._epoch, key.version))
-        finally:
-            await self.vllm.resume_generation()
+        await self._workers("point_adapter", live.number, _name(key))
+        self._epoch += 1
+        await self.vllm.update_weight_version(str(self._epoch))
+        live.key = key
+        live.versions.append((self._epoch, key.version))
 
     async def _retire(self, live: Live) -> None:
         """Nothing new carries it; forget it in the workers once nothing does."""
@@ -203,6 +219,8 @@ class VllmEngine:
         numbers = [self._pinned.pop(key) for key in gone if key in self._pinned]
         if gone:
             await self._workers("drop_adapters", [_name(key) for key in gone], numbers)
+        for key in gone:
+            self._memory.give_back(self._params.pop(key))
 
     # ---- requests ----
 

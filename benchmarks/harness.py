@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tinsmith
+from tinsmith.engines.vllm_start import chosen_engine
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -28,6 +29,14 @@ def options(description: str | None) -> argparse.Namespace:
         chosen.runs = 1
     chosen.model = str(tinsmith.resolve_model(chosen.model, tinsmith.default_home(), say))
     return chosen
+
+
+def require_vllm() -> None:
+    """End with one sentence where vLLM is not installed."""
+    try:
+        chosen_engine("vllm")
+    except tinsmith.Unavailable as error:
+        raise SystemExit(str(error)) from None
 
 
 def with_environment(**wanted: str) -> None:
@@ -49,12 +58,14 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def alternate(
-    ours: Callable[[], object], theirs: Callable[[], object], runs: int
+    ours: Callable[[], object], theirs: Callable[[], object], runs: int, rest: float = 0
 ) -> tuple[float, float]:
-    """Median seconds of each side: one warm-up, then `runs` times one after the other."""
+    """Median seconds of each side: one warm-up, then `runs` times one after the other, each after
+    `rest` seconds in which what the side before left running comes to rest."""
     times: tuple[list[float], list[float]] = ([], [])
     for run in range(runs + 1):
         for side, action in enumerate((ours, theirs)):
+            time.sleep(rest)
             taken = seconds(action)
             say(
                 f"{'warm-up' if run == 0 else f'run {run}'}, {('ours', 'theirs')[side]}: {taken:.3f} s"

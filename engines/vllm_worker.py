@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from .shared_memory import open_shared
 from .vllm_cpu_lora import use_grouped_lora
 
 
 @dataclass(frozen=True)
 class Staged:
-    """An adapter as it came: its PEFT config and tensors, unscaled."""
+    """An adapter as it came: its PEFT config and float32 tensors, unscaled. They lie in memory that
+    the engine's process shares and fills anew once the adapter is dropped."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -34,6 +37,7 @@ class AdapterWorker:
     model_runner: Any
     staged: dict[str, Staged]
     names: dict[int, str]
+    _load_folder: Any
     _score_prompts: Any
 
     def prepare_adapters(self) -> None:
@@ -41,17 +45,18 @@ class AdapterWorker:
         self.staged, self.names = {}, {}
         if current_platform.is_cpu():
             use_grouped_lora()
+        self._load_folder = self.model_runner.lora_manager._load_adapter
         self.model_runner.lora_manager._load_adapter = self._load
         self.model_runner.sampler = TemperedSampler(self.model_runner.sampler)
         self._score_prompts = self.model_runner._get_prompt_logprobs_dict
         self.model_runner._get_prompt_logprobs_dict = self._score_prompts_under_adapters
 
     def stage_adapter(
-        self, name: str, config: dict[str, Any], shapes: dict[str, list[int]], flat: bytes
+        self, name: str, config: dict[str, Any], shapes: dict[str, list[int]], path: str
     ) -> None:
-        """Keep an adapter's float32 parameters, tensor after tensor in the order of `shapes`."""
-        dtype = self.model_runner.lora_config.lora_dtype
-        params = torch.frombuffer(bytearray(flat), dtype=torch.float32).to(dtype)
+        """Keep an adapter: the parameters in the shared memory at `path`, tensor after tensor in
+        the order of `shapes`."""
+        params = torch.frombuffer(open_shared(path), dtype=torch.float32)
         tensors, position = {}, 0
         for tensor, shape in shapes.items():
             size = shape[0] * shape[1]
@@ -63,9 +68,13 @@ class AdapterWorker:
         """Requests that carry this integer id run under that adapter from the next step on."""
         self.names[number] = name
         manager = self.model_runner.lora_manager
-        if number in manager.list_adapters():
-            manager.remove_adapter(number)  # and loaded anew when a request asks for it
-            manager._adapter_manager._last_mapping = None
+        if number not in manager.list_adapters():
+            return  # loaded when a request asks for it
+        manager._adapter_manager._last_mapping = None
+        if number in manager._adapter_manager._active_adapters:
+            manager.add_adapter(LoRARequest(name, number, "memory", load_inplace=True))
+        else:
+            manager.remove_adapter(number)
 
     def drop_adapters(self, names: list[str], numbers: list[int]) -> None:
         for number in numbers:
@@ -75,20 +84,26 @@ class AdapterWorker:
             self.staged.pop(name, None)
 
     def _load(self, request: Any) -> LoRAModel:
-        """In place of vLLM's reading of a folder."""
+        """In place of vLLM's reading of a folder, which is left to ids that are not ours: a
+        benchmark loads by path beside us."""
+        if request.lora_int_id not in self.names:
+            return self._load_folder(request)
         staged = self.staged[self.names[request.lora_int_id]]
         manager = self.model_runner.lora_manager
         model = manager._adapter_manager.model
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         helper = PEFTHelper.from_dict(staged.config)
         helper.validate_legal(manager.lora_config)
+        dtype, tensors = manager.lora_config.lora_dtype, staged.tensors
+        if dtype == torch.float32 and helper.vllm_lora_scaling_factor != 1:
+            # vLLM multiplies B by the scale in place, and may load what is staged again.
+            tensors = {n: t.clone() if ".lora_B." in n else t for n, t in tensors.items()}
         return LoRAModel.from_lora_tensors(
             request.lora_int_id,
-            # Copies: vLLM multiplies B by the scale in place, and may load what is staged again.
-            {name: tensor.clone() for name, tensor in staged.tensors.items()},
+            tensors,
             helper,
             device="cpu",
-            dtype=manager.lora_config.lora_dtype,
+            dtype=dtype,
             model_vocab_size=manager.vocab_size,
             weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
             skip_prefixes=getattr(model, "lora_skip_prefixes", None),
