@@ -44,12 +44,17 @@ class AdapterStore(Generic[A]):
         self._newest: dict[str, AdapterKey] = {}
         self._kept: OrderedDict[AdapterKey, None] = OrderedDict()
 
-    def add(self, run_id: str, version: int, adapter: A, keep: bool) -> AdapterKey:
+    def key_for(self, run_id: str, version: int, adapter: A) -> AdapterKey:
+        """What to `add` an adapter as: what it is held as, or a new key."""
         held = self._keys.get((run_id, version))
         if held is not None and self._adapters[held].same_as(adapter):
-            key = held
-        else:
-            key = AdapterKey(run_id, version, next(self._serials))
+            return held
+        return AdapterKey(run_id, version, next(self._serials))
+
+    def add(self, key: AdapterKey, adapter: A, keep: bool) -> None:
+        run_id, version, _ = key
+        held = self._keys.get((run_id, version))
+        if key != held:
             if held is not None:
                 self._kept.pop(held, None)
             self._keys[run_id, version] = key
@@ -60,7 +65,6 @@ class AdapterStore(Generic[A]):
             self._kept.move_to_end(key)
             while len(self._kept) > self.max_kept:
                 self._kept.popitem(last=False)
-        return key
 
     def drop_run(self, run_id: str) -> None:
         self._newest.pop(run_id, None)
@@ -75,8 +79,8 @@ class AdapterStore(Generic[A]):
         self._keys = {name: k for name, k in self._keys.items() if k in needed}
         return gone
 
-    def find(self, run_id: str, version: int) -> AdapterKey | None:
-        return self._keys.get((run_id, version))
+    def holds(self, key: AdapterKey) -> bool:
+        return key in self._adapters
 
     def newest(self, run_id: str) -> int | None:
         key = self._newest.get(run_id)
