@@ -19,6 +19,7 @@ import ray
 from ..algorithms.losses import loss_names
 from ..engines import models
 from ..engines.backbone import SUPPORTED_FAMILIES
+from ..engines.vllm_coverage import Coverage
 from ..engines.vllm_start import VllmOptions
 from ..primitives.client import RunGrant, SamplerGrant
 from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
@@ -256,8 +257,6 @@ class Controller:
         assert base_model is not None
         assert lora is not None
         name, _ = await self._model(base_model)
-        if self.vllm is not None:
-            self.vllm.check(lora)
         async with self.opening[run_id]:
             if self.registry.has_run(run_id):
                 raise InvalidInput(f"run {run_id!r} exists already; take another id, or resume it")
@@ -298,9 +297,20 @@ class Controller:
         optimizer: bool,
         next_seq_id: int = 1,
     ) -> RunGrant:
+        await self._check_served(base_model, lora)
         return await self._opened(
             run_id, base_model, "open_run", lora, path, optimizer, next_seq_id
         )
+
+    async def _check_served(self, base_model: str, lora: LoraConfig) -> None:
+        """
+        Raises:
+            InvalidInput: vLLM could not serve such a run of that model.
+        """
+        if self.vllm is not None:
+            _, path = await self._model(base_model)
+            coverage = await asyncio.to_thread(Coverage.of, path, self.vllm)
+            coverage.check(lora)
 
     async def _opened(self, run_id: str, base_model: str, method: str, *args: Any) -> RunGrant:
         """Have the learner open a run, by one of its methods that return the next number."""
@@ -341,6 +351,7 @@ class Controller:
                     return RunGrant(run_id, name, path, learner, following)
             if not await asyncio.to_thread(self.storage.exists, parked_folder(run_id)):
                 raise NotFound(f"run {run_id!r} is neither in memory nor parked")
+            await self._check_served(run.base_model, run.lora)
             return await self._opened(run_id, run.base_model, "unpark")
 
     async def close_run(self, run_id: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 
 from ..engines.adapter_files import read_adapter
 from ..engines.backbone import Backbone
@@ -105,16 +106,26 @@ class Sampler:
         return asdict(self.engine.stats)
 
 
+def _host_kv_bytes() -> int:
+    return default_kv_bytes(psutil.virtual_memory().available)
+
+
+def _vllm_kv_bytes(asked: int | None) -> int | None:
+    """None: vLLM's own share of the GPU; the host's memory says nothing about it."""
+    on_gpu = torch.cuda.is_available()
+    return asked if asked is not None or on_gpu else _host_kv_bytes()
+
+
 def _engine(
     model_path: str, num_threads: int | None, kv_bytes: int | None, vllm: VllmOptions | None
 ) -> Any:
     tokenizer = load_tokenizer(model_path)
-    if kv_bytes is None:
-        kv_bytes = default_kv_bytes(psutil.virtual_memory().available)
     if vllm is not None:
         from .vllm_engine import VllmEngine
 
-        return VllmEngine(model_path, tokenizer, kv_bytes=kv_bytes, options=vllm)
+        return VllmEngine(model_path, tokenizer, kv_bytes=_vllm_kv_bytes(kv_bytes), options=vllm)
     set_engine_threads(num_threads)
+    if kv_bytes is None:
+        kv_bytes = _host_kv_bytes()
     backbone = Backbone(model_path, device=engine_device())
     return EngineThread(SamplerEngine(backbone, tokenizer, kv_bytes=kv_bytes))

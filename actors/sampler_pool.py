@@ -230,12 +230,13 @@ class SamplerPool:
             Unavailable: none of them lives, and none could be started.
         """
         published = await asyncio.to_thread(Published.put, method, config, content)
-        known = self.adapters.find(run_id, version)
-        key = self.adapters.add(run_id, version, published, keep)
+        key = self.adapters.key_for(run_id, version, published)
+        known = self.adapters.holds(key)
+        self.adapters.add(key, published, keep)  # a sampler that starts meanwhile takes it too
         change = published.change(key, keep)
         await self._tell(change)
         if change.refused is not None:
-            if key != known:
+            if not known:
                 self.adapters.remove(key)
             raise change.refused
         self._sweep()

@@ -25,14 +25,14 @@ from transformers import AutoConfig
 
 from ..engines.adapter_files import adapter_config, tensor_shapes
 from ..engines.adapter_store import BASE, AdapterKey, AdapterStore
-from ..engines.backbone import targets_of_folder
 from ..engines.lora import AdapterLayout
 from ..engines.prompt_scores import PromptScores
 from ..engines.requests import check_request, end_tokens
 from ..engines.sampler import SamplerStats
 from ..engines.shared_memory import SharedArray, SharedArrays
+from ..engines.vllm_coverage import Coverage
 from ..engines.vllm_start import VllmOptions, start_vllm
-from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity
+from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity, TinsmithError
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 from .vllm_draw import Carried, Draw, Listener, Live, vllm_errors
 
@@ -69,6 +69,7 @@ class VllmEngine:
         kv_bytes: memory for keys and values; None: vLLM's own share of the device.
 
     Raises:
+        InvalidInput: vLLM cannot run this model, or not with adapters.
         Unavailable: vLLM is not installed or did not start.
     """
 
@@ -84,9 +85,12 @@ class VllmEngine:
         self.tokenizer, self.options = tokenizer, options or VllmOptions()
         self.vocab_size: int = config.vocab_size
         self.max_context: int = config.max_position_embeddings
-        self.targets = targets_of_folder(model_path)
+        self.coverage = Coverage.of(model_path, self.options)
+        self.coverage.check_model()
         self.end_tokens = end_tokens(model_path, tokenizer)
-        self.vllm = start_vllm(model_path, self.max_context, kv_bytes, self.options)
+        self.vllm = start_vllm(
+            model_path, self.max_context, kv_bytes, self.options, self.coverage.modules()
+        )
         cache = self.vllm.vllm_config.cache_config
         self.stats = SamplerStats(num_blocks=cache.num_gpu_blocks or 0, block_size=cache.block_size)
         self.names = (str(number) for number in itertools.count())  # of vLLM's requests
@@ -100,6 +104,7 @@ class VllmEngine:
         self._moved: set[Live] = set()  # but still carried
         self._requests: set[_Request] = set()
         self._changing = asyncio.Lock()  # adapters, in the workers
+        self._served: set[tuple[str, ...]] = set()  # layers that the workers adapt
         self._epoch = 0
         self._prepared = False
 
@@ -116,7 +121,7 @@ class VllmEngine:
             await self.vllm.check_health()
 
     def layout(self, config: LoraConfig) -> AdapterLayout:
-        return AdapterLayout.of(config, self.targets)
+        return AdapterLayout.of(config, self.coverage.targets)
 
     # ---- adapters ----
 
@@ -124,36 +129,65 @@ class VllmEngine:
         self, run_id: str, version: int, config: LoraConfig, flat: np.ndarray, keep: bool = True
     ) -> None:
         """Hold a version (flat float32 parameters); it becomes the run's newest. `keep=False`
-        lets it go once a newer one is there and no request uses it."""
+        lets it go once a newer one is there and no request uses it.
+
+        Raises:
+            InvalidInput: another number of parameters, or vLLM cannot serve it all.
+        """
         layout = self.layout(config)
         if flat.shape != (layout.size,):
             raise InvalidInput(
                 f"adapter of run {run_id!r}: {tuple(flat.shape)} parameters, expected {layout.size}"
             )
-        self.options.check(config)
-        params = self._memory.take(flat)
+        self.coverage.check(config)
         async with self._changing:
             await self._prepare()
-            known = self.adapters.find(run_id, version)
-            key = self.adapters.add(run_id, version, _Version(config, params), keep)
+            await self._check_served(tuple(layout.targets))
+            adapter = _Version(config, self._memory.take(flat))
+            key = self.adapters.key_for(run_id, version, adapter)
             async with self._between_steps(key):
-                if key == known:
-                    self._memory.give_back(params)
+                if self.adapters.holds(key):
+                    self._memory.give_back(adapter.params)
                 else:
-                    self._params[key] = params
-                    described = adapter_config(layout, base_model=""), tensor_shapes(layout)
-                    await self._workers("stage_adapter", _name(key), *described, params.path)
+                    await self._stage(key, layout, adapter.params)
+                self.adapters.add(key, adapter, keep)  # only what the workers have
                 await self._go_live(key)
                 await self._sweep()
+
+    async def _stage(self, key: AdapterKey, layout: AdapterLayout, params: SharedArray) -> None:
+        described = adapter_config(layout, base_model=""), tensor_shapes(layout)
+        try:
+            await self._workers("stage_adapter", _name(key), *described, params.path)
+        except BaseException:
+            await self._workers("drop_adapters", [_name(key)], [])
+            self._memory.give_back(params)
+            raise
+        self._params[key] = params
 
     async def _prepare(self) -> None:
         if not self._prepared:
             await self._workers("prepare_adapters")
             self._prepared = True
 
-    async def _workers(self, method: str, *args: Any) -> None:
-        with vllm_errors():
-            await self.vllm.collective_rpc(method, args=args)
+    async def _check_served(self, names: tuple[str, ...]) -> None:
+        """
+        Raises:
+            InvalidInput: no worker adapts one of these layers.
+        """
+        if names not in self._served:
+            unserved = await self._workers("unserved_modules", list(names))
+            self.coverage.refuse(set.intersection(*map(set, unserved)))
+            self._served.add(names)
+
+    async def _workers(self, method: str, *args: Any) -> list[Any]:
+        """What each of vLLM's workers answers."""
+        try:
+            with vllm_errors():
+                return await self.vllm.collective_rpc(method, args=args)
+        except TinsmithError:
+            raise
+        except Exception as error:  # vLLM passes on only what it says
+            raise TinsmithError(f"{method} failed in vLLM's workers: {error}") from error
 
     @asynccontextmanager
     async def _between_steps(self, key: AdapterKey) -> AsyncIterator[None]:

@@ -44,12 +44,17 @@ class AdapterStore(Generic[A]):
         self._newest: dict[str, AdapterKey] = {}
         self._kept: OrderedDict[AdapterKey, None] = OrderedDict()
 
-    def add(self, run_id: str, version: int, adapter: A, keep: bool) -> AdapterKey:
+    def key_for(self, run_id: str, version: int, adapter: A) -> AdapterKey:
+        """What to `add` an adapter as: what it is held as, or a new key."""
         held = self._keys.get((run_id, version))
         if held is not None and self._adapters[held].same_as(adapter):
-            key = held
-        else:
-            key = AdapterKey(run_id, version, next(self._serials))
+            return held
+        return AdapterKey(run_id, version, next(self._serials))
+
+    def add(self, key: AdapterKey, adapter: A, keep: bool) -> None:
+        run_id, version, _ = key
+        held = self._keys.get((run_id, version))
+        if key != held:
             if held is not None:
                 self._kept.pop(held, None)
             self._keys[run_id, version] = key
@@ -60,7 +65,6 @@ class AdapterStore(Generic[A]):
             self._kept.move_to_end(key)
             while len(self._kept) > self.max_kept:
                 self._kept.popitem(last=False)
-        return key
 
     def remove(self, key: AdapterKey) -> None:
         """Take back what `add` has just added, before a `sweep`: what was the newest is it again."""
@@ -74,12 +78,13 @@ class AdapterStore(Generic[A]):
             self._newest.pop(key.run_id, None)
 
     def held(self) -> list[tuple[AdapterKey, A, bool]]:
-        """All versions in an order in which adding them anew gives the same store; the last of
-        each says whether it is kept (one that is only used is)."""
+        """All versions of all runs, and whether each is to be kept, in an order in which adding them
+        anew gives such a store again."""
         newest = list(self._newest.values())
         older = [*self._kept, *(key for key in self._adapters if key not in self._kept)]
+        older = [key for key in older if key not in newest and key.run_id in self._newest]
         return [
-            *((key, self._adapters[key], True) for key in older if key not in newest),
+            *((key, self._adapters[key], True) for key in older),
             *((key, self._adapters[key], key in self._kept) for key in newest),
         ]
 
@@ -96,8 +101,8 @@ class AdapterStore(Generic[A]):
         self._keys = {name: k for name, k in self._keys.items() if k in needed}
         return gone
 
-    def find(self, run_id: str, version: int) -> AdapterKey | None:
-        return self._keys.get((run_id, version))
+    def holds(self, key: AdapterKey) -> bool:
+        return key in self._adapters
 
     def newest(self, run_id: str) -> int | None:
         key = self._newest.get(run_id)

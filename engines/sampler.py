@@ -175,7 +175,8 @@ class SamplerEngine:
                 f"adapter of run {run_id!r}: {tuple(flat.shape)} parameters, expected {layout.size}"
             )
         flat = flat.to(self.backbone.device, self.backbone.dtype)
-        self.adapters.add(run_id, version, Adapter.from_flat(layout, flat), keep)
+        adapter = Adapter.from_flat(layout, flat)
+        self.adapters.add(self.adapters.key_for(run_id, version, adapter), adapter, keep)
         self._sweep()
 
     def drop_run(self, run_id: str) -> None:

@@ -54,6 +54,11 @@ class VllmOptions:
         Raises:
             InvalidInput: vLLM, started so, could not serve such an adapter.
         """
+        if lora.rank > MAX_RANKS[-1]:
+            raise InvalidInput(
+                f"vLLM serves adapters of a rank of at most {MAX_RANKS[-1]}, this one has "
+                f"{lora.rank}; lower it, or connect with engine='torch'"
+            )
         if lora.rank > self.max_rank:
             raise InvalidInput(
                 f"rank {lora.rank} is above max_rank={self.max_rank}, with which vLLM is started; "
@@ -62,7 +67,7 @@ class VllmOptions:
 
 
 def _next_rank(rank: int) -> int:
-    return next((allowed for allowed in MAX_RANKS if allowed >= rank), MAX_RANKS[-1])
+    return next(allowed for allowed in MAX_RANKS if allowed >= rank)
 
 
 EngineName = Literal["auto", "vllm", "torch"]
@@ -94,8 +99,14 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def start_vllm(path: str, context: int, kv_bytes: int | None, options: VllmOptions) -> Any:
+def start_vllm(
+    path: str, context: int, kv_bytes: int | None, options: VllmOptions, modules: list[str]
+) -> Any:
     """vLLM's `AsyncLLM` over a model folder, a process or more of its own.
+
+    Args:
+        kv_bytes: memory for keys and values; None: vLLM's own share of the device.
+        modules: last parts of the names of those that adapters may train.
 
     Raises:
         Unavailable: it is not installed, or did not start.
@@ -131,6 +142,7 @@ def start_vllm(path: str, context: int, kv_bytes: int | None, options: VllmOptio
         max_loras=options.max_adapters,
         max_cpu_loras=2 * options.max_adapters,
         max_lora_rank=options.max_rank,
+        lora_target_modules=modules,
         max_logprobs=-1,
         kv_cache_memory_bytes=kv_bytes,
         disable_log_stats=True,

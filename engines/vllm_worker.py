@@ -8,18 +8,22 @@ its sampler.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import FusedMoE3DWithLoRA, LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
+from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.platforms import current_platform
 
 from .shared_memory import open_shared
 from .vllm_cpu_lora import use_grouped_lora
+
+MAPPER = "hf_to_vllm_mapper"
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,30 @@ class AdapterWorker:
         self.model_runner.sampler = TemperedSampler(self.model_runner.sampler)
         self._score_prompts = self.model_runner._get_prompt_logprobs_dict
         self.model_runner._get_prompt_logprobs_dict = self._score_prompts_under_adapters
+
+    def unserved_modules(self, names: list[str]) -> list[str]:
+        """Those of an adapter's modules, by their names in the model's own code, that vLLM has not
+        wrapped here: it would pass over what is loaded for them in silence."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        wrapped = {*manager.modules, *chain.from_iterable(manager.packed_modules.values())}
+        wrapped |= {  # the experts' gate and up projection
+            f"{name}.base_layer"
+            for name, module in manager.modules.items()
+            if isinstance(module, FusedMoE3DWithLoRA)
+        }
+        skipped = getattr(manager.model, "lora_skip_prefixes", None) or []
+        unserved = []
+        for name in names:
+            tensor = f"base_model.model.{name}.lora_A.weight"
+            in_vllm, _ = parse_fine_tuned_lora_name(tensor, self._renaming())
+            if in_vllm not in wrapped or LoRAModel._should_skip_module(tensor, skipped):
+                unserved.append(name)
+        return unserved
+
+    def _renaming(self) -> Any:
+        """From the names of the model's own code to vLLM's; None: they are the same."""
+        mapper = getattr(self.model_runner.lora_manager._adapter_manager.model, MAPPER, None)
+        return None if mapper is None else mapper.get_rename_mapper()
 
     def stage_adapter(
         self, name: str, config: dict[str, Any], shapes: dict[str, list[int]], path: str
@@ -91,7 +119,6 @@ class AdapterWorker:
         staged = self.staged[self.names[request.lora_int_id]]
         manager = self.model_runner.lora_manager
         model = manager._adapter_manager.model
-        mapper = getattr(model, "hf_to_vllm_mapper", None)
         helper = PEFTHelper.from_dict(staged.config)
         helper.validate_legal(manager.lora_config)
         dtype, tensors = manager.lora_config.lora_dtype, staged.tensors
@@ -105,7 +132,7 @@ class AdapterWorker:
             device="cpu",
             dtype=dtype,
             model_vocab_size=manager.vocab_size,
-            weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+            weights_mapper=self._renaming(),
             skip_prefixes=getattr(model, "lora_skip_prefixes", None),
         )
 

@@ -50,11 +50,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tiny_model(
-    path: str | Path, family: str = "llama", seed: int = 0, head_dim: int = 16
+    path: str | Path,
+    family: str = "llama",
+    seed: int = 0,
+    head_dim: int = 16,
+    tied: bool | None = None,
 ) -> str:
     """Write a seeded random model (`llama`, `qwen2` or `qwen3`) with its tokenizer to `path`.
 
-    Two layers, hidden size 64, four query heads over two key/value heads; about 0.1M parameters.
+    Two layers, hidden size 64 (qwen2: four times `head_dim`), four query heads over two key/value
+    heads; about 0.1M parameters. `tied`: whether the output matrix is the embedding (None: yes, in
+    qwen3 no).
     """
     tokenizer = tiny_tokenizer()
     shape = dict(
@@ -72,13 +78,17 @@ def make_tiny_model(
         bos_token_id=None,
     )
     if family == "qwen2":
-        shape.pop("head_dim")
+        shape["hidden_size"] = 4 * shape.pop("head_dim")
+    shape["tie_word_embeddings"] = family != "qwen3" if tied is None else tied
     torch.manual_seed(seed)
     model = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True)),
-        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=False)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**shape)),
     }[family]()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at first
+            torch.nn.init.normal_(parameter, std=0.2)
     model.to(torch.float32).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)

@@ -6,10 +6,12 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 import tinsmith
 from tests.actors.script import run_script, wait_until_gone
 from tests.tiny import make_tiny_model
+from tinsmith.actors import sampler
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 
@@ -102,3 +104,11 @@ def test_an_engine_that_is_not_there_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(tinsmith.Unavailable, match="pip install 'tinsmith\\[vllm\\]'"):
         tinsmith.connect(engine="vllm")
+
+
+def test_the_hosts_memory_does_not_say_how_much_of_a_gpu_vllm_may_take(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sampler._vllm_kv_bytes(None) is None
+    assert sampler._vllm_kv_bytes(5) == 5
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sampler._vllm_kv_bytes(None) > 0
