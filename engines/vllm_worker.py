@@ -47,11 +47,12 @@ class AdapterWorker:
     def prepare_adapters(self) -> None:
         """Once, before the first adapter or request: load from what is staged, and temper logprobs."""
         self.staged, self.names = {}, {}
-        if current_platform.is_cpu():
-            use_grouped_lora()
         self._load_folder = self.model_runner.lora_manager._load_adapter
         self.model_runner.lora_manager._load_adapter = self._load
         self.model_runner.sampler = TemperedSampler(self.model_runner.sampler)
+        if current_platform.is_cpu():
+            use_grouped_lora()
+            keep_seeds_of_parts(self.model_runner)
         self._score_prompts = self.model_runner._get_prompt_logprobs_dict
         self.model_runner._get_prompt_logprobs_dict = self._score_prompts_under_adapters
 
@@ -182,3 +183,26 @@ class TemperedSampler(nn.Module):
             ones = torch.where(greedy, temperature, 1.0)
             sampling_metadata = replace(sampling_metadata, temperature=ones)
         return self.sampler(logits, sampling_metadata, *args, **kwargs)
+
+
+def keep_seeds_of_parts(runner: Any) -> None:
+    """On a CPU, from now on: a seeded request whose prompt is computed in parts draws as if it were
+    not. vLLM draws a token after each part, throws it away and turns the seed's generator back; a
+    CPU's can't be, which ends the engine. So it is not used for such a draw."""
+    sample, finish = runner.sampler.sampler.forward, runner._bookkeeping_sync
+
+    def forward(logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        thrown_away = runner.discard_request_mask.np
+        seeded = sampling_metadata.generators
+        generators = {row: g for row, g in seeded.items() if not thrown_away[row]}
+        return sample(logits, replace(sampling_metadata, generators=generators), *args, **kwargs)
+
+    def without_turning_back(*args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        generators, batch.generators = batch.generators, {}
+        try:
+            return finish(*args, **kwargs)
+        finally:
+            batch.generators = generators
+
+    runner.sampler.sampler.forward, runner._bookkeeping_sync = forward, without_turning_back

@@ -198,6 +198,15 @@ async def test_a_seed_draws_the_same_in_any_company_and_none_does_not(engine):
     assert unseeded[0].tokens.tolist() != unseeded[1].tokens.tolist()
 
 
+async def test_a_seed_draws_the_same_when_its_prompt_is_computed_in_parts(engine):
+    """As in a crowd whose prompts are more than one step takes."""
+    prompts = [prompt_of(480, seed) for seed in range(20, 27)]
+    crowd = await asyncio.gather(*(sequence(engine, seeded(p, 7)) for p in prompts))
+    for prompt, drawn in zip(prompts, crowd, strict=True):
+        alone = await sequence(engine, seeded(prompt, 7))
+        np.testing.assert_array_equal(drawn.tokens, alone.tokens)
+
+
 async def test_adapters_in_one_batch_do_as_each_alone(engine, add):
     await add("a", 1, seed=1)
     await add("a", 2, seed=2)
