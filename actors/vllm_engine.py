@@ -17,7 +17,7 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,7 @@ class VllmEngine:
         self.adapters: AdapterStore[_Version] = AdapterStore()
         self._memory = SharedArrays()
         self._params: dict[AdapterKey, SharedArray] = {}  # of what the workers hold
+        self._kinds: set[str] = set()  # that they know
         self._numbers = itertools.count(1)
         self._live: dict[str, Live] = {}
         self._pinned: dict[AdapterKey, int] = {}  # integer ids
@@ -104,7 +105,6 @@ class VllmEngine:
         self._moved: set[Live] = set()  # but still carried
         self._requests: set[_Request] = set()
         self._changing = asyncio.Lock()  # adapters, in the workers
-        self._served: set[tuple[str, ...]] = set()  # layers that the workers adapt
         self._epoch = 0
         self._prepared = False
 
@@ -142,22 +142,21 @@ class VllmEngine:
         self.coverage.check(config)
         async with self._changing:
             await self._prepare()
-            await self._check_served(tuple(layout.targets))
+            kind = await self._kind(layout)
             adapter = _Version(config, self._memory.take(flat))
             key = self.adapters.key_for(run_id, version, adapter)
             async with self._between_steps(key):
                 if self.adapters.holds(key):
                     self._memory.give_back(adapter.params)
                 else:
-                    await self._stage(key, layout, adapter.params)
+                    await self._stage(key, kind, adapter.params)
                 self.adapters.add(key, adapter, keep)  # only what the workers have
                 await self._go_live(key)
                 await self._sweep()
 
-    async def _stage(self, key: AdapterKey, layout: AdapterLayout, params: SharedArray) -> None:
-        described = adapter_config(layout, base_model=""), tensor_shapes(layout)
+    async def _stage(self, key: AdapterKey, kind: str, params: SharedArray) -> None:
         try:
-            await self._workers("stage_adapter", _name(key), *described, params.path)
+            await self._workers("stage_adapter", _name(key), kind, params.path)
         except BaseException:
             await self._workers("drop_adapters", [_name(key)], [])
             self._memory.give_back(params)
@@ -169,15 +168,20 @@ class VllmEngine:
             await self._workers("prepare_adapters")
             self._prepared = True
 
-    async def _check_served(self, names: tuple[str, ...]) -> None:
-        """
+    async def _kind(self, layout: AdapterLayout) -> str:
+        """What the workers know adapters of that layout as.
+
         Raises:
-            InvalidInput: no worker adapts one of these layers.
+            InvalidInput: no worker adapts one of its layers.
         """
-        if names not in self._served:
-            unserved = await self._workers("unserved_modules", list(names))
+        kind = str(replace(layout.config, seed=None))
+        if kind not in self._kinds:
+            unserved = await self._workers("unserved_modules", list(layout.targets))
             self.coverage.refuse(set.intersection(*map(set, unserved)))
-            self._served.add(names)
+            described = adapter_config(layout, base_model=""), tensor_shapes(layout)
+            await self._workers("describe_adapters", kind, *described)
+            self._kinds.add(kind)
+        return kind
 
     async def _workers(self, method: str, *args: Any) -> list[Any]:
         """What each of vLLM's workers answers."""
@@ -215,9 +219,11 @@ class VllmEngine:
             if live is not None:
                 await self._retire(live)
             return
-        await self._workers("point_adapter", live.number, _name(key))
         self._epoch += 1
-        await self.vllm.update_weight_version(str(self._epoch))
+        await asyncio.gather(  # one after the other there
+            self._workers("point_adapter", live.number, _name(key)),
+            self.vllm.update_weight_version(str(self._epoch)),
+        )
         live.key = key
         live.versions.append((self._epoch, key.version))
 

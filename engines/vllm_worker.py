@@ -39,6 +39,7 @@ class AdapterWorker:
     """Methods for vLLM's worker; `model_runner` and the rest of `self` are the worker's."""
 
     model_runner: Any
+    kinds: dict[str, tuple[dict[str, Any], dict[str, list[int]]]]
     staged: dict[str, Staged]
     names: dict[int, str]
     _load_folder: Any
@@ -46,7 +47,7 @@ class AdapterWorker:
 
     def prepare_adapters(self) -> None:
         """Once, before the first adapter or request: load from what is staged, and temper logprobs."""
-        self.staged, self.names = {}, {}
+        self.kinds, self.staged, self.names = {}, {}, {}
         self._load_folder = self.model_runner.lora_manager._load_adapter
         self.model_runner.lora_manager._load_adapter = self._load
         self.model_runner.sampler = TemperedSampler(self.model_runner.sampler)
@@ -80,18 +81,20 @@ class AdapterWorker:
         mapper = getattr(self.model_runner.lora_manager._adapter_manager.model, MAPPER, None)
         return None if mapper is None else mapper.get_rename_mapper()
 
-    def stage_adapter(
-        self, name: str, config: dict[str, Any], shapes: dict[str, list[int]], path: str
+    def describe_adapters(
+        self, kind: str, config: dict[str, Any], shapes: dict[str, list[int]]
     ) -> None:
-        """Keep an adapter: the parameters in the shared memory at `path`, tensor after tensor in
-        the order of `shapes`."""
+        """What adapters of a kind have in common: their PEFT config, and the shapes of their tensors
+        in the order in which they come."""
+        self.kinds[kind] = config, shapes
+
+    def stage_adapter(self, name: str, kind: str, path: str) -> None:
+        """Keep an adapter of a kind, whose parameters are in the shared memory at `path`."""
+        config, shapes = self.kinds[kind]
         params = torch.frombuffer(open_shared(path), dtype=torch.float32)
-        tensors, position = {}, 0
-        for tensor, shape in shapes.items():
-            size = shape[0] * shape[1]
-            tensors[tensor] = params[position : position + size].view(shape)
-            position += size
-        self.staged[name] = Staged(config, tensors)
+        sizes = [rows * columns for rows, columns in shapes.values()]
+        parts = zip(shapes.items(), params.split(sizes), strict=True)
+        self.staged[name] = Staged(config, {tensor: part.view(s) for (tensor, s), part in parts})
 
     def point_adapter(self, number: int, name: str) -> None:
         """Requests that carry this integer id run under that adapter from the next step on."""
