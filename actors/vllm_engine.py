@@ -174,7 +174,7 @@ class VllmEngine:
         Raises:
             InvalidInput: no worker adapts one of its layers.
         """
-        kind = str(replace(layout.config, seed=None))
+        kind = str(hash((replace(layout.config, seed=None), *layout.targets)))
         if kind not in self._kinds:
             unserved = await self._workers("unserved_modules", list(layout.targets))
             self.coverage.refuse(set.intersection(*map(set, unserved)))

@@ -268,9 +268,7 @@ async def test_a_version_that_did_not_reach_the_workers_is_not_known(served, mon
     config = trains("attn")
     flat = np.ones(engine.layout(config).size, np.float32)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "tinsmith.actors.vllm_engine.tensor_shapes", lambda _: {"too large": [1 << 20, 8]}
-        )
+        patch.setattr("tinsmith.engines.shared_memory.SharedArray.path", "/nowhere")
         with pytest.raises(tinsmith.TinsmithError, match="stage_adapter failed in vLLM's workers"):
             await engine.add_adapter("late", 1, config, flat)
     assert await engine.newest("late") is None
