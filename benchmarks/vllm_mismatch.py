@@ -4,7 +4,7 @@ A rank-32 adapter on every target is trained for a few steps, handed to vLLM, an
 temperature 1; the learner then scores the same tokens under the same adapter. `ours` is the largest
 difference of any token, learner and vLLM both in float32. Reported beside it: the mean and the 99th
 percentile, and all three for vLLM in bfloat16 with the learner in float32 (`bf16_*`) and in
-bfloat16 too (`bf16_both_*`).
+bfloat16 too (`bf16_both_*`). `nats_a_token` says how uncertain the policy is.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ async def main() -> None:
     single = await drawn(chosen.model, "float32", flat, prompts, max_tokens)
     half = await drawn(chosen.model, "bfloat16", flat, prompts, max_tokens)
     off = differences(chosen.model, torch.float32, flat, single)
-    details = {}
+    surprise = -np.mean(np.concatenate([logprobs for _, logprobs in single]))
+    details = {"nats_a_token": round(float(surprise), 3)}
     for name, values in (
         ("fp32", off),
         ("bf16", differences(chosen.model, torch.float32, flat, half)),
