@@ -36,7 +36,7 @@ format: setup
 demo: setup
 	$(PY) examples/tool_use.py $(ARGS)
 
-bench: setup
+bench: setup $(VLLM)
 	$(PY) benchmarks/run_all.py $(ARGS)
 
 clean:

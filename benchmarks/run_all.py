@@ -6,6 +6,7 @@ benchmarks the table stays as it is.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -26,6 +27,12 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 def benchmarks() -> list[str]:
     """Names of all benchmarks: every script here but those that serve them."""
     return sorted({path.stem for path in HERE.glob("*.py")} - {"harness", "run_all", "serving"})
+
+
+def possible() -> list[str]:
+    """Those that run here."""
+    vllm = importlib.util.find_spec("vllm") is not None
+    return [name for name in benchmarks() if vllm or not name.startswith("vllm_")]
 
 
 def run(name: str, arguments: list[str]) -> dict[str, object]:
@@ -67,7 +74,7 @@ def main() -> None:
     names = [a for a in sys.argv[1:] if a in benchmarks()]
     arguments = [a for a in sys.argv[1:] if a not in names]
     results = []
-    for name in names or benchmarks():
+    for name in names or possible():
         results.append(run(name, arguments))
         print(json.dumps(results[-1]), flush=True)
     if not names and "--quick" not in arguments:
