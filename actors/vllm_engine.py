@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -145,16 +145,15 @@ class VllmEngine:
             kind = await self._kind(layout)
             adapter = _Version(config, self._memory.take(flat))
             key = self.adapters.key_for(run_id, version, adapter)
-            async with self._between_steps(key):
-                if self.adapters.holds(key):
-                    self._memory.give_back(adapter.params)
-                else:
-                    await self._stage(key, kind, adapter.params)
+            async with self._between_steps(key, self._stage(key, kind, adapter.params)):
                 self.adapters.add(key, adapter, keep)  # only what the workers have
                 await self._go_live(key)
                 await self._sweep()
 
     async def _stage(self, key: AdapterKey, kind: str, params: SharedArray) -> None:
+        if self.adapters.holds(key):
+            self._memory.give_back(params)
+            return
         try:
             await self._workers("stage_adapter", _name(key), kind, params.path)
         except BaseException:
@@ -194,15 +193,20 @@ class VllmEngine:
             raise TinsmithError(f"{method} failed in vLLM's workers: {error}") from error
 
     @asynccontextmanager
-    async def _between_steps(self, key: AdapterKey) -> AsyncIterator[None]:
+    async def _between_steps(
+        self, key: AdapterKey, staging: Coroutine[Any, Any, None]
+    ) -> AsyncIterator[None]:
         """No step meanwhile if the weights of live requests are exchanged: a token's version is the
-        one that drew it. All of the change is made there, as each call would wait for a step."""
+        one that drew it. All of the change is made there, as each call would wait for a step; only
+        staging need not wait for the pause."""
         live = self._live.get(key.run_id)
         if live is None or live.key == key or self.options.live_cache == "recompute":
+            await staging
             yield
             return
-        await self.vllm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        pausing = self.vllm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
         try:
+            await asyncio.gather(pausing, staging)
             yield
         finally:
             await self.vllm.resume_generation()
