@@ -369,8 +369,13 @@ class SamplerPool:
 
     async def stats(self) -> dict[str, int]:
         """Sums over the samplers (what one cache has room for: of the smallest)."""
-        replicas = await self._running()
-        each = await asyncio.gather(*(Op(r.handle.call("stats")) for r in replicas))
+        each: list[dict[str, int]] = []
+        while not each:
+            for replica in await self._running():
+                try:
+                    each.append(await Op(replica.handle.call("stats")))
+                except Unavailable:
+                    self._lost(replica)
         least = ("num_blocks", "block_size")
         total = {name: sum(stats[name] for stats in each) for name in each[0]}
         return {

@@ -27,6 +27,7 @@ class VllmOptions:
         max_adapters: adapters in one batch; requests of others wait.
         max_rank: of an adapter; every adapter takes the memory of one of that rank.
         tensor_parallel: devices that share the model.
+        dtype: of weights and cache; "auto": float32 on a CPU, vLLM's choice on a GPU.
         live_cache: what happens to a live request's keys and values when a version is published.
         eager: run without compiling; None: on a CPU.
         more: further arguments of vLLM's `AsyncEngineArgs`, as they are.
@@ -129,9 +130,11 @@ def start_vllm(
     if eager and on_cpu:
         # One small function is compiled all the same, for 20 s.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # The learner's own, in which both agree to 1e-4; vLLM takes bfloat16 for a float32 model.
+    dtype = "float32" if on_cpu and options.dtype == "auto" else options.dtype
     arguments = dict(
         model=path,
-        dtype=options.dtype,
+        dtype=dtype,
         max_model_len=context + 1,
         tensor_parallel_size=options.tensor_parallel,
         # Its processes take the GPUs of this actor; in a placement group vLLM would ask Ray.

@@ -30,7 +30,7 @@ def test_a_run_trains_and_is_sampled_by_vllm(tmp_path):
         from tests.data import text_datum
 
         async def main(home, model):
-            options = tinsmith.VllmOptions(max_rank=8, dtype="float32")
+            options = tinsmith.VllmOptions(max_rank=8)
             rng = np.random.default_rng(0)
             async with tinsmith.connect(
                 home=home, num_cpus=2, engine="vllm", vllm=options, kv_bytes=1 << 26
