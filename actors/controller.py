@@ -80,8 +80,7 @@ class Controller:
         self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
         self.started: dict[tuple[str, str], asyncio.Task[RayHandle]] = {}
         self.models: dict[str, tuple[str, str]] = {}
-        self.env_workers_running: list[RayHandle] = []
-        self.env_reservations: list[tuple[list[RayHandle], Reservation]] = []
+        self.env_workers_running: list[tuple[list[RayHandle], Reservation]] = []
         self.open_runs: dict[str, str] = {}  # run -> folder of the model whose learner holds it
         self.openings: Counter[str] = Counter()  # how many are being opened, by that folder
         # By run: who opens or closes it, and who gives or takes its checkpoints' names. Two locks,
@@ -219,19 +218,20 @@ class Controller:
             )
             for seat in seats
         ]
-        self.env_workers_running += workers
-        self.env_reservations.append((workers, reservation))
+        self.env_workers_running.append((list(workers), reservation))
         return workers
 
     async def end_env_workers(self, workers: list[RayHandle]) -> None:
         ended = {worker.actor for worker in workers}
         for worker in workers:
             ray.kill(worker.actor)
-        self.env_workers_running = [w for w in self.env_workers_running if w.actor not in ended]
-        for together, reservation in list(self.env_reservations):
-            if ended.issuperset(worker.actor for worker in together):
+        running, self.env_workers_running = self.env_workers_running, []
+        for together, reservation in running:
+            left = [worker for worker in together if worker.actor not in ended]
+            if left:
+                self.env_workers_running.append((left, reservation))
+            else:
                 reservation.release()
-                self.env_reservations.remove((together, reservation))
 
     # ---- runs ----
 

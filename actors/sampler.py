@@ -17,13 +17,13 @@ from ..engines.backbone import Backbone
 from ..engines.sampler import SamplerEngine, default_kv_bytes
 from ..engines.vllm_start import VllmOptions
 from ..primitives.client import load_tokenizer
-from ..primitives.errors import OpCancelled
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 from .engine_thread import EngineThread
 from .threads import engine_device, set_engine_threads
+from .withdrawal import Withdrawable
 
 
-class Sampler:
+class Sampler(Withdrawable):
     """Serves one base model and any number of adapters. Wrapped by the controller with
     `ray.remote`.
 
@@ -45,8 +45,8 @@ class Sampler:
         kv_bytes: int | None = None,
         vllm: VllmOptions | None = None,
     ) -> None:
+        super().__init__()
         self.name = name
-        self.named: dict[str, asyncio.Task[Any]] = {}
         self.engine = _engine(model_path, num_threads, kv_bytes, vllm)
 
     async def ping(self) -> str:
@@ -59,23 +59,8 @@ class Sampler:
 
     async def sample(self, request: SampleRequest, name: str | None = None) -> SampleResponse:
         """`name`, unique among those under way, is what `withdraw` calls the request."""
-        task = asyncio.current_task()
-        if name is not None and task is not None:
-            self.named[name] = task
-        try:
+        with self.under_way(name):
             return await self.engine.sample(request)
-        except asyncio.CancelledError:
-            raise OpCancelled("the sampling request was withdrawn") from None
-        finally:
-            self.named.pop(name, None)  # type: ignore[arg-type]
-
-    async def withdraw(self, name: str) -> bool:
-        """End the request of that name; it raises `OpCancelled`. False if it is not under way."""
-        task = self.named.get(name)
-        if task is None:
-            return False
-        task.cancel()
-        return True
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[SampledToken]:
         """Tokens as they are drawn; leaving the iterator withdraws the request."""

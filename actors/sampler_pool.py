@@ -21,7 +21,7 @@ import ray
 
 from ..engines.adapter_store import AdapterKey, AdapterStore
 from ..engines.vllm_start import VllmOptions
-from ..primitives.errors import OpCancelled, Unavailable
+from ..primitives.errors import Unavailable
 from ..primitives.op import Op
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 from .handle import MAX_WAITING_CALLS, RayHandle
@@ -32,6 +32,7 @@ from .routing import PrefixTable, choose, prefixes
 from .sampler import Sampler
 from .scaling import Replicas, Scaler
 from .threads import ENGINE_ENV
+from .withdrawal import Withdrawable
 
 SCALING_SECONDS = 0.5
 # How long a publication waits for a sampler that is slower than the others.
@@ -74,7 +75,7 @@ class Published:
         return Change(self.method, (key.run_id, key.version, self.config, self.stored, *rest))
 
 
-class SamplerPool:
+class SamplerPool(Withdrawable):
     """Wrapped by the controller with `ray.remote`.
 
     Args:
@@ -92,6 +93,7 @@ class SamplerPool:
         plan: Plan,
         reservation: Reservation,
     ) -> None:
+        super().__init__()
         self.name, self.sampler_args, self.limits = name, sampler, replicas
         self.plan, self.reservation = plan, reservation
         self.replicas: list[Replica] = []
@@ -101,7 +103,6 @@ class SamplerPool:
         self.scaler = Scaler(replicas)
         self._using: Counter[AdapterKey] = Counter()
         self._numbers = itertools.count()
-        self._named: dict[str, asyncio.Task[Any]] = {}
         self._scaling: asyncio.Task[None] | None = None
 
     async def ping(self) -> str:
@@ -280,32 +281,16 @@ class SamplerPool:
 
     async def sample(self, request: SampleRequest, name: str | None = None) -> SampleResponse:
         """`name`, unique among those under way, is what `withdraw` calls the request."""
-        task = asyncio.current_task()
-        if name is not None and task is not None:
-            self._named[name] = task
-        try:
-            with self._holding(request) as key:
-                for left in self._attempts():
-                    replica = await self._chosen(request, key)
-                    try:
-                        return await self._sample_on(replica, request, key)
-                    except Unavailable:
-                        self._lost(replica)
-                        if not left:
-                            raise
-                raise AssertionError("unreachable")
-        except asyncio.CancelledError:
-            raise OpCancelled("the sampling request was withdrawn") from None
-        finally:
-            self._named.pop(name, None)  # type: ignore[arg-type]
-
-    async def withdraw(self, name: str) -> bool:
-        """End the request of that name; it raises `OpCancelled`. False if it is not under way."""
-        task = self._named.get(name)
-        if task is None:
-            return False
-        task.cancel()
-        return True
+        with self.under_way(name), self._holding(request) as key:
+            for left in self._attempts():
+                replica = await self._chosen(request, key)
+                try:
+                    return await self._sample_on(replica, request, key)
+                except Unavailable:
+                    self._lost(replica)
+                    if not left:
+                        raise
+        raise AssertionError("unreachable")
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[SampledToken]:
         """Tokens as they are drawn; leaving the iterator withdraws the request. One whose sampler

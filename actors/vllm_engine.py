@@ -96,7 +96,6 @@ class VllmEngine:
         self.names = (str(number) for number in itertools.count())  # of vLLM's requests
         self.adapters: AdapterStore[_Version] = AdapterStore()
         self._memory = SharedArrays()
-        self._params: dict[AdapterKey, SharedArray] = {}  # of what the workers hold
         self._kinds: set[str] = set()  # that they know
         self._numbers = itertools.count(1)
         self._live: dict[str, Live] = {}
@@ -160,7 +159,6 @@ class VllmEngine:
             await self._workers("drop_adapters", [_name(key)], [])
             self._memory.give_back(params)
             raise
-        self._params[key] = params
 
     async def _prepare(self) -> None:
         if not self._prepared:
@@ -263,8 +261,8 @@ class VllmEngine:
         numbers = [self._pinned.pop(key) for key in gone if key in self._pinned]
         if gone:
             await self._workers("drop_adapters", [_name(key) for key in gone], numbers)
-        for key in gone:
-            self._memory.give_back(self._params.pop(key))
+        for adapter in gone.values():
+            self._memory.give_back(adapter.params)
 
     # ---- requests ----
 

@@ -2,10 +2,11 @@
 
 Each is a prompt of the demo's task with 32 new tokens at temperature 1, under the base model. Both
 engines are vLLM's, of the same settings: float32, eager, adapters enabled, the same cache, 128
-sequences in a batch, the logprob of each sampled token. Theirs runs with our worker extension too,
-whose LoRA for CPUs is faster than vLLM's own: what is measured is the way there. Each has processes of its own beside the
-other's, which stop polling after a second without work; so each round begins with a rest. A round's
-problems are new to both; what all prompts begin with is in the prefix cache of both.
+sequences in a batch, blocks of 32 tokens, the logprob of each sampled token. Theirs runs with our
+worker extension too, whose LoRA for CPUs is faster than vLLM's own: what is measured is the way there.
+Each has processes of its own beside the other's, which stop polling after a second without work; so
+each round begins with a rest. A round's problems are new to both; what all prompts begin with is in
+the prefix cache of both.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tinsmith.engines.vllm_start import WORKER
 from tinsmith.envs import ChatRenderer, make
 
 KV_BYTES, MAX_ADAPTERS, MAX_RANK = 2 << 30, 4, 32
-BATCH = dict(max_num_seqs=128, max_num_batched_tokens=2048)
+BATCH = dict(max_num_seqs=128, max_num_batched_tokens=2048, block_size=32)
 # What our engine sets in its own process; both are to be started alike.
 ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",

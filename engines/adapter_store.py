@@ -93,10 +93,10 @@ class AdapterStore(Generic[A]):
         for key in [key for key in self._kept if key.run_id == run_id]:
             del self._kept[key]
 
-    def sweep(self, used: Collection[AdapterKey]) -> list[AdapterKey]:
+    def sweep(self, used: Collection[AdapterKey]) -> dict[AdapterKey, A]:
         """Forget versions that nobody can ask for any more; returns them."""
         needed = {*used, *self._newest.values(), *self._kept}
-        gone = [key for key in self._adapters if key not in needed]
+        gone = {key: a for key, a in self._adapters.items() if key not in needed}
         self._adapters = {k: a for k, a in self._adapters.items() if k in needed}
         self._keys = {name: k for name, k in self._keys.items() if k in needed}
         return gone
