@@ -1,8 +1,10 @@
 """The Learner actor: every run's log of operations, applied in order, exactly once.
 
 Clients number their operations; an operation that arrives early waits for its turn, one that
-arrives twice gets the recorded result. One thread owns the engine; saving and publishing copy
-what they need in that thread and finish outside it, so that training goes on meanwhile.
+arrives twice gets the recorded result. The heads of all logs are taken between two passes of the
+engine, which computes the batches among them together. One thread owns the engine; saving and
+publishing copy what they need in that thread and finish outside it, so that training goes on
+meanwhile.
 """
 
 from __future__ import annotations
@@ -14,20 +16,29 @@ import time
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
 
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
-from ..engines.learner import LearnerEngine
-from ..primitives.errors import InvalidInput, NotFound, OpCancelled, TinsmithError, Unavailable
+from ..engines.learner import Finished, LearnerEngine
+from ..primitives.errors import (
+    InvalidInput,
+    NotFound,
+    OpCancelled,
+    OutOfCapacity,
+    TinsmithError,
+    Unavailable,
+)
 from ..primitives.op import Handle, Op
 from ..primitives.paths import CheckpointPath
 from ..primitives.types import (
+    AdamParams,
     Checkpoint,
     LoraConfig,
+    OptimStepResponse,
     PublishResponse,
     SaveResponse,
     TrainingInfo,
@@ -37,6 +48,7 @@ from .storage import MANIFEST, Storage
 from .threads import engine_device, set_engine_threads
 
 RESULTS_KEPT = 4096
+BATCHES = ("forward", "forward_backward")  # what takes passes of the engine
 PARKED = "state.safetensors"
 
 
@@ -50,18 +62,20 @@ class Entry:
     kind: str
     args: dict[str, Any]
     future: asyncio.Future[Any]
+    arrived: float = field(default_factory=time.perf_counter)
 
 
 @dataclass
 class RunLog:
-    """One run's operations: those waiting by number, and the results of those applied.
-    `publish_steps`: every operation that changes the weights publishes them."""
+    """One run's operations: those waiting by number, the batch under way, and the results of those
+    applied. `publish_steps`: every operation that changes the weights publishes them."""
 
     run_id: str
     next_seq_id: int = 1
     publish_steps: bool = False
     publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: dict[int, Entry] = field(default_factory=dict)
+    under_way: Entry | None = None
     results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
 
 
@@ -82,7 +96,7 @@ class Learner:
         self.controller = controller
         self.num_threads = num_threads
         self.logs: dict[str, RunLog] = {}
-        self.turn: list[str] = []
+        self.batches: dict[int, RunLog] = {}  # under way, by the engine's number
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self.finishing: set[asyncio.Task[None]] = set()
@@ -133,7 +147,6 @@ class Learner:
             await self._in_engine(self.engine.drop_run, run_id)
             raise
         self.logs[run_id] = RunLog(run_id, next_seq_id)
-        self.turn.append(run_id)
         return next_seq_id
 
     async def open_runs(self) -> list[str]:
@@ -149,6 +162,8 @@ class Learner:
     async def park(self, run_id: str) -> None:
         """Write down a run as it is, half-accumulated gradient and all, for `unpark`."""
         log = self._log(run_id)
+        while log.under_way is not None:
+            await asyncio.wait({log.under_way.future})
         state = await self._in_engine(self.engine.state, run_id, True)
         run = self.engine.runs[run_id]
         manifest = {
@@ -180,7 +195,6 @@ class Learner:
         await self._in_engine(self.engine.load, run_id, params, state, version)
         log = RunLog(run_id, manifest["next_seq_id"], manifest["publish_steps"])
         self.logs[run_id] = log
-        self.turn.append(run_id)
         await (await self._in_engine(self._publication, run_id, False))
         await asyncio.to_thread(self.storage.delete, folder)
         return log.next_seq_id
@@ -203,7 +217,6 @@ class Learner:
         log = self.logs.pop(run_id, None)
         if log is None:
             return
-        self.turn.remove(run_id)
         for entry in log.waiting.values():
             if not entry.future.done():
                 entry.future.set_exception(NotFound(f"run {run_id} was closed"))
@@ -268,36 +281,47 @@ class Learner:
             )
         return log
 
-    def _next_ready(self) -> RunLog | None:
-        """The next run, in turn, whose next operation is here."""
-        for position, run_id in enumerate(self.turn):
-            log = self.logs[run_id]
-            if log.next_seq_id in log.waiting:
-                self.turn.append(self.turn.pop(position))
-                return log
-        return None
+    def _take_heads(self) -> list[tuple[RunLog, Entry]]:
+        """The next operation of every run that has it and no batch under way."""
+        heads = []
+        for log in self.logs.values():
+            if log.under_way is None and log.next_seq_id in log.waiting:
+                entry = log.waiting.pop(log.next_seq_id)
+                log.next_seq_id += 1
+                log.under_way = entry if entry.kind in BATCHES else None
+                heads.append((log, entry))
+        return heads
 
     async def _apply_logs(self) -> None:
         while True:
-            log = self._next_ready()
-            if log is None:
+            while heads := self._take_heads():
+                await self._start(heads)
+            if self.batches:
+                for finished in await self._in_engine(self._step):
+                    log = self.batches.pop(finished.number)
+                    entry, log.under_way = log.under_way, None
+                    assert entry is not None
+                    _settle(entry.future, finished.output, finished.error)
+            else:
                 self.wake.clear()
                 await self.wake.wait()
-                continue
-            entry = log.waiting.pop(log.next_seq_id)
-            log.next_seq_id += 1
-            if entry.kind == "skip":
-                if not entry.future.done():
-                    entry.future.set_result(None)
-                continue
-            try:
-                if entry.kind == "load_state":
-                    await self._settle_writes()
-                outcome = await self._in_engine(self._apply, log, entry)
-            except Exception as error:
-                entry.future.set_exception(error)
-                continue
-            if isinstance(outcome, Coroutine):
+
+    async def _start(self, heads: list[tuple[RunLog, Entry]]) -> None:
+        """Apply operations of different runs, or, of batches, hand them to the engine."""
+        for _, entry in heads:
+            if entry.kind == "skip" and not entry.future.done():
+                entry.future.set_result(None)
+        heads = [(log, entry) for log, entry in heads if entry.kind != "skip"]
+        if any(entry.kind == "load_state" for _, entry in heads):
+            await self._settle_writes()
+        outcomes = await self._in_engine(self._apply_all, heads)
+        for (log, entry), outcome in zip(heads, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                log.under_way = None
+                entry.future.set_exception(outcome)
+            elif entry.kind in BATCHES:
+                self.batches[outcome] = log
+            elif isinstance(outcome, Coroutine):
                 task = asyncio.create_task(_finish(outcome, entry.future))
                 self.finishing.add(task)
                 task.add_done_callback(self.finishing.discard)
@@ -308,23 +332,54 @@ class Learner:
         if self.finishing:
             await asyncio.wait(set(self.finishing))
 
-    def _apply(self, log: RunLog, entry: Entry) -> Any:
-        """Runs in the engine's thread: the result, or a coroutine that finishes outside it."""
+    def _step(self) -> list[Finished]:
+        try:
+            return self.engine.step()
+        except Exception as error:
+            failure = TinsmithError(f"the learner's pass failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            return self.engine.fail_all(failure)
+
+    def _apply_all(self, heads: list[tuple[RunLog, Entry]]) -> list[Any]:
+        """Runs in the engine's thread. For each operation: what it raised, its result, a coroutine
+        that finishes it outside, or, for a batch, the engine's number."""
+        due = {
+            log.run_id: entry.args["adam_params"]
+            for log, entry in heads
+            if entry.kind == "optim_step"
+        }
+        steps = self._steps(due) if due else {}
+        outcomes: list[Any] = []
+        for log, entry in heads:
+            try:
+                outcomes.append(self._apply(log, entry, steps))
+            except Exception as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _steps(self, due: Mapping[str, AdamParams]) -> Mapping[str, OptimStepResponse]:
+        """Optimizer steps, if all these runs can take them together; else none."""
+        with contextlib.suppress(OutOfCapacity, NotFound):
+            return dict(zip(due, self.engine.optim_steps(due), strict=True))
+        return {}
+
+    def _apply(self, log: RunLog, entry: Entry, steps: Mapping[str, OptimStepResponse]) -> Any:
+        if entry.kind in BATCHES:
+            return self.engine.submit(
+                log.run_id,
+                **entry.args,
+                backward=entry.kind == "forward_backward",
+                arrived=entry.arrived,
+            )
+        if entry.kind == "optim_step":
+            step = steps.get(log.run_id) or self.engine.optim_step(log.run_id, **entry.args)
+            return self._with_publication(log, step)
         apply = getattr(self, f"_op_{entry.kind}", None)
         if apply is None:
             raise InvalidInput(f"unknown operation {entry.kind!r}")
         return apply(log, **entry.args)
 
     # ---- operations ----
-
-    def _op_forward(self, log: RunLog, **args: Any) -> Any:
-        return self.engine.forward(log.run_id, **args)
-
-    def _op_forward_backward(self, log: RunLog, **args: Any) -> Any:
-        return self.engine.forward_backward(log.run_id, **args)
-
-    def _op_optim_step(self, log: RunLog, adam_params: Any) -> Any:
-        return self._with_publication(log, self.engine.optim_step(log.run_id, adam_params))
 
     def _op_publish(
         self, log: RunLog, keep: bool, every_step: bool
@@ -375,7 +430,10 @@ class Learner:
         publication = self._publication(log.run_id, keep=False)
 
         async def publish() -> Any:
-            await publication
+            published = await publication
+            if isinstance(response, OptimStepResponse):
+                metrics = {**response.metrics, "publish_s": published.seconds}
+                return replace(response, metrics=metrics)
             return response
 
         return publish()
@@ -464,6 +522,13 @@ class Learner:
                 raise InvalidInput(f"{path} holds no optimizer state: it was saved for sampling")
             state = safetensors.torch.load(files["optimizer.safetensors"])
         self.engine.load(run_id, params, state, manifest["version"] if resume else None)
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
 
 
 async def _finish(outcome: Coroutine[Any, Any, Any], future: asyncio.Future[Any]) -> None:

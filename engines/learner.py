@@ -1,26 +1,25 @@
 """The learner's engine: forward, backward and optimizer steps of the LoRA runs of one base model.
 
-A batch is packed into forests (`packing.py`), each pass goes through the frozen base once, and
-only the rows whose logprob is wanted meet the unembedding. Gradients are added to the run's flat
-buffer once the whole batch has gone through and is finite, so a bad batch leaves it unchanged.
-
-A position may have several targets. What belongs to one target is a cell; a datum's cells are its
-`target_tokens` flattened, K of them per position.
-
-Dimension names: T packed rows, N rows with a target, M (row, target) pairs, C cells of a datum.
+A batch is cut into units (`batch.py`); a pass takes units of whatever runs wait, in fair turns,
+through the frozen base at once (`passes.py`). Gradients are added to the run's flat buffer once
+its whole batch has gone through and is finite, so a bad batch leaves it unchanged, and costs
+nobody else anything.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..algorithms.losses import Loss, get_loss, ratio_metrics
-from ..primitives.errors import InvalidInput, NotFound
+from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity, TinsmithError
 from ..primitives.types import (
     AdamParams,
     Datum,
@@ -28,50 +27,63 @@ from ..primitives.types import (
     LoraConfig,
     OptimStepResponse,
 )
-from ..primitives.validation import validate_datums
 from .backbone import Backbone
-from .lora import UNEMBED, Adapter, AdapterLayout, Span
-from .optimizer import AdamState, adam_step
-from .packing import Pack, pack_sequences
-from .target_logprobs import UnembedSpan, target_logprobs
-from .tree_attention import TreeAttention
+from .batch import Batch, Unit
+from .fair_queue import FairQueue
+from .optimizer import AdamState, Due, adam_steps
+from .passes import PassTimes, Result, Work, run_pass
+from .run_store import Run, RunStore
 
 CHECKPOINTING_ROWS = 4096
 
 
 @dataclass(eq=False)
-class Run:
-    """A run's trainable state; `params`, `grad` and the moments are flat float32 `[layout.size]`."""
+class _Task:
+    """A batch of one run on its way through."""
 
-    config: LoraConfig
-    layout: AdapterLayout
-    params: Tensor
-    grad: Tensor
-    adam: AdamState
-    version: int = 0
+    number: int
+    run_id: str
+    loss_fn: str
+    batch: Batch
+    units: deque[Unit]
+    backward: bool
+    arrived: float
+    pack_s: float
+    missing: int = field(init=False)  # units that are not done
+    grad: Tensor | None = None
+    failure: TinsmithError | None = None
+    queue_s: float | None = None
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.missing = len(self.units)
+
+    def note(self, part: float, began: float, times: PassTimes) -> None:
+        """This batch had `part` of a pass."""
+        if self.queue_s is None:
+            self.queue_s = began - self.arrived
+        self.forward_s += part * times.forward
+        self.backward_s += part * times.backward
+
+    def output(self) -> ForwardBackwardOutput:
+        return self.batch.output(
+            {
+                "queue_s:max": self.queue_s or 0.0,
+                "pack_s:sum": self.pack_s,
+                "forward_s:sum": self.forward_s,
+                "backward_s:sum": self.backward_s,
+            }
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
-    """A validated batch: per datum, its inputs `[C]` of the loss, which cells the loss needs
-    (bool `[C]`), and the cells whose logprobs to compute (indices, ascending)."""
+class Finished:
+    """What came of a batch: an output or an error."""
 
-    datums: Sequence[Datum]
-    loss: Loss
-    config: dict[str, float]
-    inputs: list[dict[str, Tensor]]
-    needed: list[Tensor]
-    wanted: list[np.ndarray]
-
-    def targets(self, index: int) -> np.ndarray:
-        """A datum's target tokens, int64 `[C]`."""
-        targets = self.datums[index].loss_fn_inputs["target_tokens"]
-        return targets.reshape(-1).astype(np.int64, copy=False)
-
-    def positions(self, index: int) -> np.ndarray:
-        """The positions of a datum's wanted cells."""
-        targets = self.datums[index].loss_fn_inputs["target_tokens"]
-        return self.wanted[index] // (targets.size // len(targets))
+    number: int
+    output: ForwardBackwardOutput | None = None
+    error: BaseException | None = None
 
 
 class LearnerEngine:
@@ -80,45 +92,50 @@ class LearnerEngine:
     Args:
         backbone: the frozen base model.
         max_pack_tokens: rows of one pass; bounds the memory that activations take.
+        runs: options of the `RunStore`.
     """
 
-    def __init__(self, backbone: Backbone, *, max_pack_tokens: int = 2048) -> None:
+    def __init__(self, backbone: Backbone, *, max_pack_tokens: int = 2048, **runs: Any) -> None:
         self.backbone = backbone
         self.max_pack_tokens = max_pack_tokens
-        self.runs: dict[str, Run] = {}
+        self.runs = RunStore(backbone.device, **runs)
+        self.queue = FairQueue()
+        self._numbers = itertools.count()
+        self._tasks: dict[str, deque[_Task]] = {}  # by run; never empty
+        self._finished: list[Finished] = []
 
     # ---- runs ----
 
-    def create_run(self, run_id: str, lora: LoraConfig) -> None:
-        layout = self.backbone.layout(lora)
-        params = layout.initial().to(self.backbone.device)
-        self.runs[run_id] = Run(
-            lora, layout, params, torch.zeros_like(params), AdamState.zeros(params)
-        )
+    def create_run(self, run_id: str, lora: LoraConfig, share: float = 1.0) -> None:
+        """
+        Args:
+            share: how much of the learner the run gets for another's 1, while both want it.
+
+        Raises:
+            OutOfCapacity: the run is larger than all the room for runs.
+        """
+        self.runs.create(run_id, lora, self.backbone.layout(lora))
+        self.queue.weights[run_id] = share
 
     def drop_run(self, run_id: str) -> None:
-        self.runs.pop(run_id, None)
-
-    def _run(self, run_id: str) -> Run:
-        if run_id not in self.runs:
-            raise NotFound(f"run {run_id!r} is not in this learner's memory")
-        return self.runs[run_id]
+        for task in self._tasks.pop(run_id, ()):
+            gone = NotFound(f"run {run_id!r} was closed")
+            self._finished.append(Finished(task.number, error=gone))
+        self.queue.forget(run_id)
+        self.runs.drop(run_id)
 
     def export(self, run_id: str) -> Tensor:
         """A copy of the run's flat parameters, on the CPU."""
-        return self._run(run_id).params.detach().to("cpu", copy=True)
+        return self.runs[run_id].params.detach().to("cpu", copy=True)
 
     def state(self, run_id: str, gradient: bool = False) -> dict[str, Tensor]:
         """Copies of everything that the run's next steps depend on, on the CPU; `gradient`: also
         what has been accumulated for the next step."""
-        run = self._run(run_id)
-        return {
-            **({"grad": run.grad.to("cpu", copy=True)} if gradient else {}),
-            "params": self.export(run_id),
-            "exp_avg": run.adam.exp_avg.to("cpu", copy=True),
-            "exp_avg_sq": run.adam.exp_avg_sq.to("cpu", copy=True),
-            "step": torch.tensor(run.adam.step),
+        run = self.runs[run_id]
+        kept = {
+            n: t.to("cpu", copy=True) for n, t in run.tensors.items() if n != "grad" or gradient
         }
+        return {**kept, "step": torch.tensor(run.adam.step)}
 
     def load(
         self, run_id: str, params: Tensor, state: Mapping[str, Tensor] | None, version: int | None
@@ -128,7 +145,7 @@ class LearnerEngine:
         The accumulated gradient is dropped, unless `state` has one. `version=None` counts as a
         step, so that samplers take the loaded weights for new.
         """
-        run = self._run(run_id)
+        run = self.runs[run_id]
         run.params.copy_(params)
         run.grad.zero_()
         run.adam = AdamState.zeros(run.params)
@@ -140,7 +157,7 @@ class LearnerEngine:
                 run.grad.copy_(state["grad"])
         run.version = run.version + 1 if version is None else version
 
-    # ---- operations ----
+    # ---- one batch, by itself ----
 
     def forward(
         self,
@@ -151,8 +168,7 @@ class LearnerEngine:
         logprobs: str = "all",
     ) -> ForwardBackwardOutput:
         """Loss and logprobs, no gradient. Errors as `forward_backward`."""
-        batch = self._batch(data, loss_fn, loss_fn_config, logprobs)
-        return self._through(self._run(run_id), batch, None)
+        return self._alone(run_id, data, loss_fn, loss_fn_config, logprobs, backward=False)
 
     def forward_backward(
         self,
@@ -169,169 +185,212 @@ class LearnerEngine:
                 accumulated gradient is unchanged.
             NotFound: no such loss or run.
         """
-        run = self._run(run_id)
-        batch = self._batch(data, loss_fn, loss_fn_config, logprobs)
-        grad = torch.zeros_like(run.grad)
-        output = self._through(run, batch, grad)
-        if not torch.isfinite(grad).all():
-            raise InvalidInput(
-                f"the gradient of {loss_fn!r} on this batch is not finite "
-                f"(loss {output.metrics['loss:sum']:g}); the run's gradient is unchanged. "
+        return self._alone(run_id, data, loss_fn, loss_fn_config, logprobs, backward=True)
+
+    def _alone(self, run_id: str, *batch: Any, backward: bool) -> ForwardBackwardOutput:
+        if self.busy:
+            raise RuntimeError("batches are under way: submit this one too")
+        self.submit(run_id, *batch, backward=backward)
+        while self.busy:
+            for finished in self.step():
+                if finished.error is not None:
+                    raise finished.error
+                assert finished.output is not None
+                return finished.output
+        raise AssertionError("a batch ended without a result")
+
+    # ---- batches of many runs ----
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tasks or self._finished)
+
+    def submit(
+        self,
+        run_id: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None = None,
+        logprobs: str = "all",
+        *,
+        backward: bool,
+        arrived: float | None = None,
+    ) -> int:
+        """Queue a batch (`forward_backward`, or `forward` if not `backward`); some `step()`
+        returns what came of it under the number returned here. A run's batches go in order.
+
+        Args:
+            arrived: since when it waits, by `time.perf_counter()`.
+
+        Raises:
+            InvalidInput: a bad datum or config.
+            NotFound: no such loss or run.
+        """
+        started = time.perf_counter()
+        if run_id not in self.runs:
+            raise NotFound(f"run {run_id!r} is not in this learner's memory")
+        batch = Batch(self.backbone, data, loss_fn, loss_fn_config, logprobs)
+        units = deque(batch.units(self.max_pack_tokens))
+        packed = time.perf_counter()
+        task = _Task(
+            next(self._numbers),
+            run_id,
+            loss_fn,
+            batch,
+            units,
+            backward,
+            started if arrived is None else arrived,
+            packed - started,
+        )
+        if run_id not in self._tasks:
+            self._tasks[run_id] = deque()
+            self.queue.arrive(run_id)
+        self._tasks[run_id].append(task)
+        return task.number
+
+    def step(self) -> list[Finished]:
+        """Run one pass, and return the batches that are done (none, if all go on)."""
+        if self._tasks:
+            with ExitStack() as held:
+                chosen, runs = self._choose(held)
+                if chosen:
+                    self._pass(chosen, runs)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def fail_all(self, error: TinsmithError) -> list[Finished]:
+        """After a step that raised: every batch under way gets the error."""
+        numbers = [task.number for tasks in self._tasks.values() for task in tasks]
+        self._tasks.clear()
+        finished, self._finished = self._finished, []
+        return [*finished, *(Finished(number, error=error) for number in numbers)]
+
+    def _choose(self, held: ExitStack) -> tuple[list[tuple[_Task, Unit]], dict[str, Run]]:
+        """The units of the next pass, in fair turns as long as they fit, and their runs, which
+        `held` keeps in memory."""
+        chosen: list[tuple[_Task, Unit]] = []
+        runs: dict[str, Run] = {}
+        room = self.max_pack_tokens
+        waiting = {run_id: tasks[0] for run_id, tasks in self._tasks.items()}
+        for task in [task for task in waiting.values() if not task.units]:
+            del waiting[task.run_id]
+            self._close(task)  # its loss depends on nothing
+        while waiting:
+            run_id = self.queue.order(waiting)[0]
+            task = waiting[run_id]
+            fits = not chosen or (
+                task.backward == chosen[0][0].backward and len(task.units[0].pack.tokens) <= room
+            )
+            if fits and run_id not in runs:
+                try:
+                    runs[run_id] = held.enter_context(self.runs.using(run_id))
+                except OutOfCapacity as error:
+                    # Beside these there is no room for it: it goes without them, next time.
+                    fits = False
+                    if not chosen:
+                        self._close(task, error)
+            if not fits:
+                del waiting[run_id]
+                continue
+            unit = task.units.popleft()
+            chosen.append((task, unit))
+            self.queue.charge(run_id, len(unit.pack.tokens))
+            room -= len(unit.pack.tokens)
+            if not task.units:
+                del waiting[run_id]
+        return chosen, runs
+
+    def _pass(self, chosen: Sequence[tuple[_Task, Unit]], runs: Mapping[str, Run]) -> None:
+        began = time.perf_counter()
+        rows = sum(len(unit.pack.tokens) for _, unit in chosen)
+        works = [
+            Work(
+                unit,
+                runs[task.run_id].layout,
+                runs[task.run_id].params,
+                task.batch.loss,
+                task.batch.config,
+                task.backward,
+            )
+            for task, unit in chosen
+        ]
+        try:
+            results, times = run_pass(
+                self.backbone, works, checkpointing=works[0].backward and rows > CHECKPOINTING_ROWS
+            )
+        except Exception as error:
+            if len(chosen) == 1:
+                task = chosen[0][0]
+                failure = TinsmithError(
+                    f"{task.loss_fn!r} on this batch failed: {type(error).__name__}: {error}"
+                )
+                failure.__cause__ = error
+                self._close(task, failure)
+                return
+            # One of them is to blame: each by itself.
+            for one in chosen:
+                if one[0].failure is None:
+                    self._pass([one], runs)
+            return
+        for (task, unit), result in zip(chosen, results, strict=True):
+            task.note(len(unit.pack.tokens) / rows, began, times)
+            if task.failure is None:
+                self._take(task, unit, result, runs[task.run_id])
+
+    def _take(self, task: _Task, unit: Unit, result: Result | InvalidInput, run: Run) -> None:
+        """What a unit gave; with the last one the batch is done."""
+        if isinstance(result, InvalidInput):
+            self._close(task, result)
+            return
+        task.batch.add(unit, result.loss, result.logprobs_M)
+        task.missing -= 1
+        if result.grad is not None:
+            task.grad = result.grad if task.grad is None else task.grad.add_(result.grad)
+        if task.missing:
+            return
+        if task.grad is not None and not torch.isfinite(task.grad).all():
+            failure = InvalidInput(
+                f"the gradient of {task.loss_fn!r} on this batch is not finite (loss "
+                f"{task.batch.loss_sum:g}); the run's gradient is unchanged. "
                 "Look for logprobs far from the policy's, or diverged weights"
             )
-        run.grad += grad
-        return output
+            self._close(task, failure)
+            return
+        if task.grad is not None:
+            run.grad += task.grad
+        self._close(task)
+
+    def _close(self, task: _Task, failure: TinsmithError | None = None) -> None:
+        """The batch at the head of its run's queue is done, or failed."""
+        tasks = self._tasks[task.run_id]
+        assert tasks[0] is task
+        tasks.popleft()
+        if not tasks:
+            del self._tasks[task.run_id]
+        task.failure = failure
+        output = None if failure is not None else task.output()
+        self._finished.append(Finished(task.number, output, failure))
+
+    # ---- steps ----
 
     def optim_step(self, run_id: str, adam_params: AdamParams) -> OptimStepResponse:
         """One Adam step on the accumulated gradient, which is zero afterwards."""
-        run = self._run(run_id)
-        norm = adam_step(run.params, run.grad, run.adam, adam_params)
-        run.grad.zero_()
-        run.version += 1
-        return OptimStepResponse(run.version, {"grad_norm": norm})
+        (response,) = self.optim_steps({run_id: adam_params})
+        return response
 
-    # ---- inside a pass ----
-
-    def _batch(
-        self,
-        data: Sequence[Datum],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, float] | None,
-        logprobs: str,
-    ) -> _Batch:
-        loss = get_loss(loss_fn)
-        config = loss.fill_config(loss_fn_config)
-        backbone = self.backbone
-        validate_datums(
-            data,
-            loss.inputs,
-            backbone.vocab_size,
-            backbone.max_context,
-            optional=tuple(loss.optional),
-            multi_target=loss.multi_target,
-        )
-        inputs = [self._inputs(index, datum, loss, config) for index, datum in enumerate(data)]
-        needed = [loss.needed(i, config) for i in inputs]
-        wanted = [
-            np.arange(len(n)) if logprobs == "all" else np.flatnonzero(n.cpu().numpy())
-            for n in needed
+    def optim_steps(self, due: Mapping[str, AdamParams]) -> list[OptimStepResponse]:
+        """A step of each of these runs, in one pass over their memory where it holds them all."""
+        with ExitStack() as held:
+            runs = []
+            for run_id, adam in due.items():
+                runs.append((held.enter_context(self.runs.using(run_id)), adam))
+            started = time.perf_counter()
+            norms = adam_steps([Due(run.params, run.grad, run.adam, adam) for run, adam in runs])
+            for run, _ in runs:
+                run.grad.zero_()
+                run.version += 1
+            seconds = (time.perf_counter() - started) / len(runs)
+        return [
+            OptimStepResponse(run.version, {"grad_norm": norm, "optimizer_s": seconds})
+            for (run, _), norm in zip(runs, norms, strict=True)
         ]
-        return _Batch(data, loss, config, inputs, needed, wanted)
-
-    def _inputs(
-        self, index: int, datum: Datum, loss: Loss, config: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        given = {
-            name: torch.tensor(values.reshape(-1), dtype=torch.float32, device=self.backbone.device)
-            for name, values in datum.loss_fn_inputs.items()
-            if name != "target_tokens"
-        }
-        cells = datum.loss_fn_inputs["target_tokens"].size
-        owner = torch.full((cells,), index, device=self.backbone.device)
-        return {**loss.fill_inputs(given, config), "datum": owner}
-
-    def _through(self, run: Run, batch: _Batch, grad: Tensor | None) -> ForwardBackwardOutput:
-        """Pass by pass; adds the gradient to `grad` (flat) if given."""
-        logprobs = [np.full(len(needed), np.nan, np.float32) for needed in batch.needed]
-        used = [i for i, wanted in enumerate(batch.wanted) if len(wanted)]
-        # Tokens after the last wanted one change nothing.
-        sequences = [
-            batch.datums[i].model_input.tokens[: int(batch.positions(i)[-1]) + 1] for i in used
-        ]
-        total, rows = 0.0, 0
-        if used:
-            for pack in pack_sequences(sequences, self.max_pack_tokens):
-                members = [used[m] for m in pack.members]
-                total += self._pass(run, batch, pack, members, logprobs, grad)
-                rows += len(pack.tokens)
-        outputs = [
-            {"logprobs": p.reshape(d.loss_fn_inputs["target_tokens"].shape)}
-            for d, p in zip(batch.datums, logprobs, strict=True)
-        ]
-        metrics = {
-            "loss:sum": total,
-            "tokens:sum": float(sum(d.model_input.length for d in batch.datums)),
-            "packed_rows:sum": float(rows),
-            **self._ratio_metrics(batch, logprobs),
-        }
-        return ForwardBackwardOutput(outputs, metrics)
-
-    def _pass(
-        self,
-        run: Run,
-        batch: _Batch,
-        pack: Pack,
-        members: list[int],
-        logprobs: list[np.ndarray],
-        grad: Tensor | None,
-    ) -> float:
-        """One pack forward (and backward); returns its loss and fills in its `logprobs`."""
-        device = self.backbone.device
-        pairs = [(pack.rows[k][batch.positions(i)], i) for k, i in enumerate(members)]
-        rows_M = np.concatenate([rows for rows, _ in pairs])
-        targets_M = np.concatenate([batch.targets(i)[batch.wanted[i]] for i in members])
-        order = np.argsort(rows_M, kind="stable")
-        rows_N, pair_rows_M = np.unique(rows_M[order], return_inverse=True)
-        leaves = {
-            name: (a.detach().requires_grad_(), b.detach().requires_grad_())
-            for name, (a, b) in run.layout.views(run.params).items()
-        }
-        with torch.set_grad_enabled(grad is not None):
-            hidden_TD = self.backbone.hidden(
-                torch.from_numpy(pack.tokens).to(device),
-                torch.from_numpy(pack.positions).to(device),
-                TreeAttention(
-                    pack.segments,
-                    pack.paths,
-                    self.backbone.num_heads // self.backbone.num_kv_heads,
-                    device,
-                ),
-                [Span(0, len(pack.tokens), Adapter(run.layout, leaves))],
-                checkpointing=grad is not None and len(pack.tokens) > CHECKPOINTING_ROWS,
-            )
-            spans = []
-            if UNEMBED in leaves:
-                spans = [UnembedSpan(0, len(rows_N), run.layout.scale, *leaves[UNEMBED])]
-            sorted_M = target_logprobs(
-                hidden_TD[torch.from_numpy(rows_N).to(device)],
-                torch.from_numpy(pair_rows_M).to(device),
-                torch.from_numpy(targets_M[order]).to(device),
-                self.backbone.unembedding,
-                spans,
-            )
-            # Back to the order of the members.
-            p_M = sorted_M[torch.from_numpy(np.argsort(order)).to(device)]
-            inputs_M = {
-                name: torch.cat([batch.inputs[i][name][batch.wanted[i]] for i in members])
-                for name in batch.inputs[members[0]]
-            }
-            needed_M = torch.cat([batch.needed[i][batch.wanted[i]] for i in members])
-            per_token_M = batch.loss.function(p_M, inputs_M, batch.config)
-            loss = torch.where(needed_M, per_token_M, 0.0).sum()
-            if grad is not None and bool(needed_M.any()):
-                self._add_gradient(run, loss, leaves, grad)
-        values, start = p_M.detach().cpu().numpy(), 0
-        for rows, i in pairs:
-            logprobs[i][batch.wanted[i]] = values[start : start + len(rows)]
-            start += len(rows)
-        return float(loss.detach())
-
-    @staticmethod
-    def _add_gradient(
-        run: Run, loss: Tensor, leaves: dict[str, tuple[Tensor, Tensor]], grad: Tensor
-    ) -> None:
-        flat_leaves = [leaf for pair in leaves.values() for leaf in pair]
-        parts = torch.autograd.grad(loss, flat_leaves)
-        views = [view for pair in run.layout.views(grad).values() for view in pair]
-        torch._foreach_add_(views, list(parts))
-
-    @staticmethod
-    def _ratio_metrics(batch: _Batch, logprobs: list[np.ndarray]) -> dict[str, float]:
-        if "logprobs" not in batch.loss.inputs:
-            return {}
-        p = torch.from_numpy(np.concatenate(logprobs))
-        inputs = {
-            name: torch.cat([i[name] for i in batch.inputs]).cpu() for name in batch.inputs[0]
-        }
-        needed = torch.cat(batch.needed).cpu()
-        return ratio_metrics(batch.loss, p, inputs, batch.config, needed)

@@ -35,3 +35,8 @@ def changed(datum: tinsmith.Datum, **inputs) -> tinsmith.Datum:
     """The datum with other inputs; None leaves one out."""
     merged = {**datum.loss_fn_inputs, **inputs}
     return tinsmith.Datum(datum.model_input, {k: v for k, v in merged.items() if v is not None})
+
+
+def untimed(metrics: dict[str, float]) -> dict[str, float]:
+    """Without the seconds that it took, which differ every time."""
+    return {k: v for k, v in metrics.items() if not k.partition(":")[0].endswith("_s")}

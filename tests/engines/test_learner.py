@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import tinsmith
 from tinsmith.algorithms.losses import get_loss
 from tinsmith.engines import learner as learner_module
+from tinsmith.engines import passes
 from tinsmith.engines.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
@@ -204,13 +205,13 @@ def test_a_positions_targets_share_its_logits(llama, monkeypatch):
     engine = engine_with_run(llama)
     datum = soft_targets(np.random.default_rng(13), 30, 20)
     shapes = []
-    real = learner_module.target_logprobs
+    real = passes.target_logprobs
 
     def spy(hidden, rows, *rest):
         shapes.append((len(hidden), len(rows)))
         return real(hidden, rows, *rest)
 
-    monkeypatch.setattr(learner_module, "target_logprobs", spy)
+    monkeypatch.setattr(passes, "target_logprobs", spy)
     engine.forward_backward("a", [datum], "cross_entropy")
     assert shapes == [(30, 600)]
 

@@ -1,0 +1,190 @@
+"""A pass: units of work of any number of runs, through the frozen base together, forward and
+backward.
+
+What a unit gives does not depend on the company it is in. Matrix products take rows one by one;
+attention, adapter and loss see only the unit's own. (Bitwise on a CPU, whose products are the same
+for a row whatever the other rows, but for products of fewer than 16 rows: those are filled up.)
+
+Dimension names: T rows of the pass, D hidden size, N rows with a target, M (row, target) pairs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..algorithms.losses import Loss
+from ..primitives.errors import InvalidInput
+from .backbone import Backbone
+from .batch import Unit
+from .lora import UNEMBED, Adapter, AdapterLayout, Span
+from .target_logprobs import UnembedSpan, target_logprobs
+from .tree_attention import TreeAttention
+
+MIN_ROWS = 16
+
+Leaves = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A unit under an adapter (`params`: flat float32, on the base model's device) and a loss."""
+
+    unit: Unit
+    layout: AdapterLayout
+    params: Tensor
+    loss: Loss
+    config: Mapping[str, float]
+    backward: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """`grad`: flat, like `params`; None without a backward pass, or if the loss is 0 anyway."""
+
+    loss: float
+    logprobs_M: np.ndarray
+    grad: Tensor | None
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Seconds."""
+
+    forward: float
+    backward: float
+
+
+def run_pass(
+    backbone: Backbone, works: Sequence[Work], checkpointing: bool = False
+) -> tuple[list[Result | InvalidInput], PassTimes]:
+    """Compute all `works` (either all `backward` or none) in one pass.
+
+    Returns:
+        Per work its result, or what its loss function raised.
+    """
+    started = time.perf_counter()
+    device, backward = backbone.device, works[0].backward
+    leaves = [_leaves(work) for work in works]
+    bounds = np.cumsum([0, *(len(work.unit.pack.tokens) for work in works)]).tolist()
+    losses: list[Tensor | InvalidInput] = []
+    logprobs: list[Tensor] = []
+    with torch.set_grad_enabled(backward):
+        hidden_TD = _hidden(backbone, works, leaves, bounds, checkpointing)
+        own_TD = hidden_TD[: bounds[-1]].split([len(w.unit.pack.tokens) for w in works])
+        for work, factors, hidden in zip(works, leaves, own_TD, strict=True):
+            p_M = _logprobs(
+                backbone, work, factors, hidden[torch.from_numpy(work.unit.rows).to(device)]
+            )
+            logprobs.append(p_M)
+            losses.append(_loss(work, p_M))
+        _wait_for(device)
+        forwarded = time.perf_counter()
+        grads = _gradients(works, leaves, losses) if backward else [None] * len(works)
+        _wait_for(device)
+    results: list[Result | InvalidInput] = [
+        loss
+        if isinstance(loss, InvalidInput)
+        else Result(float(loss.detach()), p_M.detach().cpu().numpy(), grad)
+        for loss, p_M, grad in zip(losses, logprobs, grads, strict=True)
+    ]
+    return results, PassTimes(forwarded - started, time.perf_counter() - forwarded)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _leaves(work: Work) -> Leaves:
+    """The adapter as leaves of this pass's graph: every unit has a gradient of its own."""
+    return {
+        name: (a.detach().requires_grad_(work.backward), b.detach().requires_grad_(work.backward))
+        for name, (a, b) in work.layout.views(work.params).items()
+    }
+
+
+def _hidden(
+    backbone: Backbone,
+    works: Sequence[Work],
+    leaves: Sequence[Leaves],
+    bounds: Sequence[int],
+    checkpointing: bool,
+) -> Tensor:
+    packs = [work.unit.pack for work in works]
+    tokens, positions = [p.tokens for p in packs], [p.positions for p in packs]
+    segments: list[int] = []
+    paths: list[tuple[int, ...]] = []
+    for pack in packs:
+        first = len(segments)
+        segments += pack.segments
+        paths += [tuple(first + i for i in path) for path in pack.paths]
+    missing = MIN_ROWS - bounds[-1]
+    if missing > 0:
+        tokens.append(np.zeros(missing, np.int64))
+        positions.append(np.arange(missing))
+        segments.append(missing)
+        paths.append(())
+    return backbone.hidden(
+        torch.from_numpy(np.concatenate(tokens)).to(backbone.device),
+        torch.from_numpy(np.concatenate(positions)).to(backbone.device),
+        TreeAttention(
+            segments, paths, backbone.num_heads // backbone.num_kv_heads, backbone.device
+        ),
+        [
+            Span(start, stop, Adapter(work.layout, factors))
+            for work, factors, start, stop in zip(works, leaves, bounds, bounds[1:], strict=False)
+        ],
+        checkpointing=checkpointing,
+    )
+
+
+def _logprobs(backbone: Backbone, work: Work, leaves: Leaves, hidden_ND: Tensor) -> Tensor:
+    unit, device = work.unit, backbone.device
+    spans = []
+    if UNEMBED in leaves:
+        spans = [UnembedSpan(0, len(hidden_ND), work.layout.scale, *leaves[UNEMBED])]
+    return target_logprobs(
+        hidden_ND,
+        torch.from_numpy(unit.pair_rows).to(device),
+        torch.from_numpy(unit.targets).to(device),
+        backbone.unembedding,
+        spans,
+    )
+
+
+def _loss(work: Work, p_M: Tensor) -> Tensor | InvalidInput:
+    inputs_M = {name: values.to(p_M.device) for name, values in work.unit.inputs.items()}
+    try:
+        per_token_M = work.loss.function(p_M, inputs_M, work.config)
+        return torch.where(work.unit.needed.to(p_M.device), per_token_M, 0.0).sum()
+    except Exception as error:
+        failure = InvalidInput(f"loss {work.loss.name!r} raised {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+
+
+def _gradients(
+    works: Sequence[Work], leaves: Sequence[Leaves], losses: Sequence[Tensor | InvalidInput]
+) -> list[Tensor | None]:
+    """Per work its flat gradient, by one backward pass through all."""
+    taking = [
+        index
+        for index, (work, loss) in enumerate(zip(works, losses, strict=True))
+        if isinstance(loss, Tensor) and loss.requires_grad and bool(work.unit.needed.any())
+    ]
+    grads: list[Tensor | None] = [None] * len(works)
+    if not taking:
+        return grads
+    factors = [[leaf for pair in leaves[i].values() for leaf in pair] for i in taking]
+    total = torch.stack([loss for i in taking if isinstance(loss := losses[i], Tensor)]).sum()
+    parts = iter(torch.autograd.grad(total, [leaf for own in factors for leaf in own]))
+    for index, own in zip(taking, factors, strict=True):
+        # The flat buffer holds A and B of each target in just this order.
+        grads[index] = torch.cat([next(parts).reshape(-1) for _ in own])
+    return grads
