@@ -25,8 +25,9 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
 def benchmarks() -> list[str]:
-    """Names of all benchmarks: every script here but those that serve them."""
-    return sorted({path.stem for path in HERE.glob("*.py")} - {"harness", "run_all", "serving"})
+    """Names of all benchmarks: every script here but this one."""
+    scripts = [path for path in HERE.glob("*.py") if "\nif __name__ ==" in path.read_text()]
+    return sorted({path.stem for path in scripts} - {Path(__file__).stem})
 
 
 def possible() -> list[str]:
