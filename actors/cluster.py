@@ -63,6 +63,7 @@ def connect(
     learner_threads: int | None = None,
     sampler_threads: int | None = None,
     kv_bytes: int | None = None,
+    run_bytes: int | None = None,
     engine: EngineName = "auto",
     vllm: VllmOptions | None = None,
     samplers: int | Replicas = 1,
@@ -80,6 +81,8 @@ def connect(
         num_cpus: CPUs of a cluster started here (default: all).
         learner_threads, sampler_threads: torch threads of the two engines (default: all CPUs).
         kv_bytes: memory for a sampler's key/value cache (default: a quarter of what is free).
+        run_bytes: memory for the parameters, gradients and optimizers of a learner's runs (default: a
+            third of what is free once the base model is loaded). Idle runs beyond it wait on disk.
         engine: what samples: `vllm`, `torch`, or `auto`: vLLM if it is installed and there is a
             GPU. (A cluster that runs already keeps its own.)
         vllm: how vLLM is started.
@@ -102,6 +105,7 @@ def connect(
             learner_threads=learner_threads,
             sampler_threads=sampler_threads,
             kv_bytes=kv_bytes,
+            run_bytes=run_bytes,
             vllm=chosen_engine(engine, vllm),
             replicas=Replicas.of(samplers),
             placement=placement,

@@ -67,6 +67,7 @@ class Controller:
         vllm: VllmOptions | None = None,
         replicas: Replicas | None = None,
         placement: Placement | None = None,
+        run_bytes: int | None = None,
     ) -> None:
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
@@ -74,6 +75,7 @@ class Controller:
         self.learner_threads = learner_threads
         self.sampler_threads = sampler_threads
         self.kv_bytes = kv_bytes
+        self.run_bytes = run_bytes
         self.vllm = vllm
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
@@ -166,7 +168,7 @@ class Controller:
                     runtime_env=ENGINE_ENV,
                     **place.reservation.options(place.plan.learner),
                 )
-                .remote(name, path, self.home, me, self.learner_threads)
+                .remote(name, path, self.home, me, self.learner_threads, self.run_bytes)
             )
             handle = RayHandle(actor, "learner")
             await Op(handle.call("start"))

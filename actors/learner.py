@@ -17,9 +17,11 @@ from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
@@ -45,7 +47,7 @@ from ..primitives.types import (
 )
 from ..primitives.validation import check_ttl
 from .storage import MANIFEST, Storage
-from .threads import engine_device, set_engine_threads
+from .threads import engine_device, free_bytes, set_engine_threads
 
 RESULTS_KEPT = 4096
 BATCHES = ("forward", "forward_backward")  # what takes passes of the engine
@@ -89,9 +91,11 @@ class Learner:
         storage_root: str,
         controller: Handle,
         num_threads: int | None = None,
+        run_bytes: int | None = None,
     ) -> None:
         self.base_model = base_model
         self.model_path = model_path
+        self.run_bytes = run_bytes
         self.storage = Storage(storage_root)
         self.controller = controller
         self.num_threads = num_threads
@@ -118,7 +122,14 @@ class Learner:
 
     def _load(self) -> None:
         set_engine_threads(self.num_threads)
-        self.engine = LearnerEngine(Backbone(self.model_path, device=engine_device()))
+        backbone = Backbone(self.model_path, device=engine_device())
+        free = free_bytes(backbone.device)
+        self.engine = LearnerEngine(
+            backbone,
+            resident_bytes=free // 3 if self.run_bytes is None else self.run_bytes,
+            host_bytes=free_bytes(torch.device("cpu")) // 3,
+            folder=None if "://" in self.storage.root else Path(self.storage.root, "idle"),
+        )
 
     async def _in_engine(self, function: Any, *args: Any) -> Any:
         loop = asyncio.get_running_loop()
@@ -171,6 +182,7 @@ class Learner:
             "version": run.version,
             "next_seq_id": log.next_seq_id,
             "publish_steps": log.publish_steps,
+            "share": self.engine.queue.weights[run_id],
         }
         files = {
             PARKED: safetensors.torch.save(state),
@@ -190,7 +202,8 @@ class Learner:
         folder = parked_folder(run_id)
         files = await asyncio.to_thread(self.storage.read, folder)
         manifest, state = json.loads(files[MANIFEST]), safetensors.torch.load(files[PARKED])
-        await self._in_engine(self.engine.create_run, run_id, LoraConfig(**manifest["lora"]))
+        lora, share = LoraConfig(**manifest["lora"]), manifest["share"]
+        await self._in_engine(self.engine.create_run, run_id, lora, share)
         params, version = state.pop("params"), manifest["version"]
         await self._in_engine(self.engine.load, run_id, params, state, version)
         log = RunLog(run_id, manifest["next_seq_id"], manifest["publish_steps"])
@@ -388,6 +401,9 @@ class Learner:
         when newer ones come; `every_step` publishes after every later step too."""
         log.publish_steps = log.publish_steps or every_step
         return self._publication(log.run_id, keep)
+
+    def _op_set_share(self, log: RunLog, share: float) -> None:
+        self.engine.queue.weights[log.run_id] = share
 
     def _op_get_info(self, log: RunLog) -> TrainingInfo:
         backbone, run = self.engine.backbone, self.engine.runs[log.run_id]

@@ -1,8 +1,8 @@
 """The runs of a learner: those at work in the device's memory, idle ones set aside.
 
 When room is needed the run that was used longest ago goes: from a GPU to the host's memory, from
-there (or at once, if the device is the host) to a file. It comes back, bit for bit, when it is
-next used.
+there (or at once, if the device is the host) to a file without a name, which ends with the
+process. It comes back, bit for bit, when it is next used.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
-import safetensors.torch
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +67,8 @@ class _Place:
 
     run: Run
     kind: Literal["device", "host", "file"] = "device"
+    file: IO[bytes] | None = None
+    kept: list[str] = field(default_factory=list)  # the tensors in the file, in order
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +82,7 @@ class RunStore:
         device: where runs are at work.
         resident_bytes: of it, for runs at work (None: no bound).
         host_bytes: of the host's memory, for runs set aside from another device (None: no bound).
-        folder: for files; None: a temporary one.
+        folder: for files; None: the system's for temporary ones.
     """
 
     def __init__(
@@ -93,8 +95,7 @@ class RunStore:
     ) -> None:
         self.device = device
         self.bounds = {"device": resident_bytes, "host": host_bytes}
-        self._folder = folder
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self.folder = folder
         self._places: OrderedDict[str, _Place] = OrderedDict()  # the last used last
         self._in_use: set[str] = set()
 
@@ -115,7 +116,7 @@ class RunStore:
             raise NotFound(f"run {run_id!r} is not in this learner's memory")
         if place.kind != "device":
             self._make_room(place.nbytes, "device", run_id)
-            self._bring_back(run_id, place)
+            self._bring_back(place)
         self._places.move_to_end(run_id)
         return place.run
 
@@ -132,8 +133,8 @@ class RunStore:
 
     def drop(self, run_id: str) -> None:
         place = self._places.pop(run_id, None)
-        if place is not None and place.kind == "file":
-            self._file(run_id).unlink(missing_ok=True)
+        if place is not None and place.file is not None:
+            place.file.close()
 
     @contextmanager
     def using(self, run_id: str) -> Iterator[Run]:
@@ -185,27 +186,27 @@ class RunStore:
             place.kind = "host"
             return
         # Zeros need no room: the gradient after a step, the moments before the first.
-        kept = {name: t.contiguous().cpu() for name, t in place.run.tensors.items() if t.any()}
+        kept = {name: t.cpu().numpy() for name, t in place.run.tensors.items() if t.any()}
         try:
-            safetensors.torch.save_file(kept, self._file(run_id))
-        except (OSError, safetensors.SafetensorError) as error:
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (open while it is aside)
+            for values in kept.values():
+                values.tofile(file)
+            file.flush()
+        except OSError as error:
             raise OutOfCapacity(f"run {run_id!r} could not be set aside on disk: {error}") from None
         place.run.tensors = dict.fromkeys(place.run.tensors, torch.empty(0))
-        place.kind = "file"
+        place.kind, place.file, place.kept = "file", file, list(kept)
 
-    def _bring_back(self, run_id: str, place: _Place) -> None:
-        run, kept = place.run, place.run.tensors
-        if place.kind == "file":
-            kept = safetensors.torch.load_file(self._file(run_id))
-        zeros = {n: torch.zeros(run.layout.size) for n in run.tensors if n not in kept}
-        run.tensors = {n: t.to(self.device) for n, t in {**kept, **zeros}.items()}
-        if place.kind == "file":
-            self._file(run_id).unlink()
-        place.kind = "device"
-
-    def _file(self, run_id: str) -> Path:
-        if self._folder is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="tinsmith-runs-")
-            self._folder = Path(self._scratch.name)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return self._folder / f"{run_id.replace('/', '_')}.safetensors"
+    def _bring_back(self, place: _Place) -> None:
+        run, tensors = place.run, place.run.tensors
+        if place.file is not None:
+            tensors = {name: torch.zeros(run.layout.size) for name in tensors}
+            place.file.seek(0)
+            for name in place.kept:
+                values = np.fromfile(place.file, np.float32, run.layout.size)
+                tensors[name] = torch.from_numpy(values)
+            place.file.close()
+        run.tensors = {name: t.to(self.device) for name, t in tensors.items()}
+        place.kind, place.file = "device", None

@@ -338,6 +338,18 @@ class TrainingClient(HasSync):
             raise InvalidInput(f"adam_params must be AdamParams, got {type(params).__name__}")
         return self._submit("optim_step", adam_params=params)
 
+    def set_share(self, share: float) -> Op[None]:
+        """How much of the learner this run gets for another's 1 (what a run begins with), while
+        both want it: tokens computed are shared in this proportion.
+
+        Raises:
+            InvalidInput: `share` is not a positive number.
+        """
+        valid = isinstance(share, int | float) and not isinstance(share, bool)
+        if not valid or not 0 < share < float("inf"):
+            raise InvalidInput(f"share must be a positive number, got {share!r}")
+        return self._submit("set_share", share=float(share))
+
     def save_state(
         self,
         name: str,
