@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity, TinsmithError
 from ..primitives.types import (
@@ -229,8 +230,9 @@ class LearnerEngine:
         started = time.perf_counter()
         if run_id not in self.runs:
             raise NotFound(f"run {run_id!r} is not in this learner's memory")
-        batch = Batch(self.backbone, data, loss_fn, loss_fn_config, logprobs)
-        units = deque(batch.units(self.max_pack_tokens))
+        with record_function("pack"):
+            batch = Batch(self.backbone, data, loss_fn, loss_fn_config, logprobs)
+            units = deque(batch.units(self.max_pack_tokens))
         packed = time.perf_counter()
         task = _Task(
             next(self._numbers),
@@ -385,10 +387,13 @@ class LearnerEngine:
             for run_id, adam in due.items():
                 runs.append((held.enter_context(self.runs.using(run_id)), adam))
             started = time.perf_counter()
-            norms = adam_steps([Due(run.params, run.grad, run.adam, adam) for run, adam in runs])
-            for run, _ in runs:
-                run.grad.zero_()
-                run.version += 1
+            with record_function("optimizer"):
+                norms = adam_steps(
+                    [Due(run.params, run.grad, run.adam, adam) for run, adam in runs]
+                )
+                for run, _ in runs:
+                    run.grad.zero_()
+                    run.version += 1
             seconds = (time.perf_counter() - started) / len(runs)
         return [
             OptimStepResponse(run.version, {"grad_norm": norm, "optimizer_s": seconds})

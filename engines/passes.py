@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..algorithms.losses import Loss
 from ..primitives.errors import InvalidInput
@@ -74,7 +75,7 @@ def run_pass(
     bounds = np.cumsum([0, *(len(work.unit.pack.tokens) for work in works)]).tolist()
     losses: list[Tensor | InvalidInput] = []
     logprobs: list[Tensor] = []
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward), record_function("forward"):
         hidden_TD = _hidden(backbone, works, leaves, bounds, checkpointing)
         own_TD = hidden_TD[: bounds[-1]].split([len(w.unit.pack.tokens) for w in works])
         for work, factors, hidden in zip(works, leaves, own_TD, strict=True):
@@ -84,7 +85,8 @@ def run_pass(
             logprobs.append(p_M)
             losses.append(_loss(work, p_M))
         _wait_for(device)
-        forwarded = time.perf_counter()
+    forwarded = time.perf_counter()
+    with record_function("backward"):
         grads = _gradients(works, leaves, losses) if backward else [None] * len(works)
         _wait_for(device)
     results: list[Result | InvalidInput] = [
