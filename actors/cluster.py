@@ -66,6 +66,7 @@ def connect(
     run_bytes: int | None = None,
     engine: EngineName = "auto",
     vllm: VllmOptions | None = None,
+    learners: int = 1,
     samplers: int | Replicas = 1,
     placement: Placement | None = None,
     verbose: bool = False,
@@ -86,6 +87,7 @@ def connect(
         engine: what samples: `vllm`, `torch`, or `auto`: vLLM if it is installed and there is a
             GPU. (A cluster that runs already keeps its own.)
         vllm: how vLLM is started.
+        learners: how many compute the batches of a base model's runs, each a part of them.
         samplers: how many a base model has: a number, or `Replicas` for as many as it takes.
         placement: what learners, samplers and environment workers reserve of the cluster
             (default: GPUs, where there are any).
@@ -98,6 +100,8 @@ def connect(
         raise InvalidInput(
             f'address must be None, "auto", "host:port" or "ray://host:port", got {address!r}'
         )
+    if not isinstance(learners, int) or isinstance(learners, bool) or learners < 1:
+        raise InvalidInput(f"learners must be an integer of at least 1, got {learners!r}")
     options = dict(
         num_cpus=num_cpus,
         verbose=verbose,
@@ -106,6 +110,7 @@ def connect(
             sampler_threads=sampler_threads,
             kv_bytes=kv_bytes,
             run_bytes=run_bytes,
+            learners=learners,
             vllm=chosen_engine(engine, vllm),
             replicas=Replicas.of(samplers),
             placement=placement,

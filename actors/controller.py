@@ -38,6 +38,7 @@ from .archive import adapter_files
 from .env_worker import EnvWorker
 from .handle import MAX_WAITING_CALLS, RayHandle
 from .learner import Learner, parked_folder
+from .learner_helper import LearnerHelper
 from .placement import Placement, Plan, Seat, plan
 from .registry import Registry
 from .reservation import Reservation
@@ -68,6 +69,7 @@ class Controller:
         replicas: Replicas | None = None,
         placement: Placement | None = None,
         run_bytes: int | None = None,
+        learners: int = 1,
     ) -> None:
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
@@ -76,6 +78,7 @@ class Controller:
         self.sampler_threads = sampler_threads
         self.kv_bytes = kv_bytes
         self.run_bytes = run_bytes
+        self.learners = learners
         self.vllm = vllm
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
@@ -140,8 +143,8 @@ class Controller:
             gpus = ray.cluster_resources().get("GPU", 0.0)
             tensor_parallel = 1 if self.vllm is None else self.vllm.tensor_parallel
             samplers = self.replicas.min_replicas
-            planned = plan(self.placement, gpus, tensor_parallel, samplers)
-            what = f"the learner of {name} and {samplers} of its samplers"
+            planned = plan(self.placement, gpus, tensor_parallel, samplers, self.learners)
+            what = f"{self.learners} learner(s) of {name} and {samplers} of its samplers"
             return Place(planned, await Reservation.make(what, planned.bundles, self.placement))
 
         if path not in self.places:
@@ -168,13 +171,39 @@ class Controller:
                     runtime_env=ENGINE_ENV,
                     **place.reservation.options(place.plan.learner),
                 )
-                .remote(name, path, self.home, me, self.learner_threads, self.run_bytes)
+                .remote(
+                    name,
+                    path,
+                    self.home,
+                    me,
+                    self.learner_threads,
+                    self.run_bytes,
+                    self.learners,
+                )
             )
             handle = RayHandle(actor, "learner")
             await Op(handle.call("start"))
             return handle
 
         return await self._running("learner", path, start)
+
+    async def learner_helper(self, base_model: str, index: int) -> RayHandle:
+        """Another learner of a model, for the one that holds its runs: the `index`th, from 1."""
+        name, path = await self._model(base_model)
+
+        async def start() -> RayHandle:
+            place = await self._place(name, path)
+            actor = (
+                ray.remote(LearnerHelper)
+                .options(
+                    runtime_env=ENGINE_ENV,
+                    **place.reservation.options(place.plan.helpers[index - 1]),
+                )
+                .remote(path, self.learner_threads)
+            )
+            return RayHandle(actor, "learner's helper")
+
+        return await self._running(f"learner helper {index}", path, start)
 
     async def sampler_handle(self, base_model: str) -> RayHandle:
         name, path = await self._model(base_model)
@@ -377,7 +406,7 @@ class Controller:
                 await Op((await asyncio.shield(task)).call(method, *args))
 
     async def unload(self, base_model: str) -> bool:
-        """End a base model's learner and sampler; False while runs are open or being opened."""
+        """End a base model's learners and samplers; False while runs are open or being opened."""
         path = self._loaded(base_model)
         if path is None:
             return True
@@ -390,9 +419,9 @@ class Controller:
                     self._forget_open_runs(path)
         if self.openings[path] or path in self.open_runs.values():
             return False
-        for kind in ("learner", "sampler"):
-            task = self.started.pop((kind, path), None)
-            if task is not None and task.done() and not task.exception():
+        for key in [key for key in self.started if key[1] == path]:
+            task = self.started.pop(key)
+            if task.done() and not task.exception():
                 ray.kill(task.result().actor)
         place = self.places.pop(path, None)
         if place is not None and place.done() and not place.exception():

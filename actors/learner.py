@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
 from ..engines.learner import Finished, LearnerEngine
+from ..engines.passes import PassRunner
 from ..primitives.errors import (
     InvalidInput,
     NotFound,
@@ -92,10 +94,13 @@ class Learner:
         controller: Handle,
         num_threads: int | None = None,
         run_bytes: int | None = None,
+        learners: int = 1,
     ) -> None:
         self.base_model = base_model
         self.model_path = model_path
         self.run_bytes = run_bytes
+        self.learners = learners
+        self.engaging: dict[int, asyncio.Task[None]] = {}  # helpers on their way
         self.storage = Storage(storage_root)
         self.controller = controller
         self.num_threads = num_threads
@@ -114,7 +119,9 @@ class Learner:
         Raises:
             InvalidInput: the model's family is not supported.
         """
+        self._engage_helpers()  # they load while this one does
         await self._in_engine(self._load)
+        await asyncio.gather(*self.engaging.values())
         self.pump = asyncio.create_task(self._apply_logs())
 
     async def ping(self) -> str:
@@ -128,8 +135,26 @@ class Learner:
             backbone,
             resident_bytes=free // 3 if self.run_bytes is None else self.run_bytes,
             host_bytes=free_bytes(torch.device("cpu")) // 3,
+            learners=self.learners,
             folder=None if "://" in self.storage.root else Path(self.storage.root, "idle"),
         )
+
+    def _engage_helpers(self) -> None:
+        """Ask for those that are not there."""
+        there = self.engine.helpers if hasattr(self, "engine") else {}
+        for index in range(1, self.learners):
+            if index not in there and index not in self.engaging:
+                self.engaging[index] = task = asyncio.create_task(self._engage(index))
+                # Where none can be had now, the next step asks again.
+                task.add_done_callback(lambda t: t.cancelled() or t.exception())
+
+    async def _engage(self, index: int) -> None:
+        try:
+            helper = await Op(self.controller.call("learner_helper", self.base_model, index))
+            run: PassRunner = partial(helper.call, "run_pass")
+            await self._in_engine(lambda: self.engine.helpers.update({index: run}))
+        finally:
+            del self.engaging[index]
 
     async def _in_engine(self, function: Any, *args: Any) -> Any:
         loop = asyncio.get_running_loop()
@@ -310,7 +335,9 @@ class Learner:
             while heads := self._take_heads():
                 await self._start(heads)
             if self.batches:
-                for finished in await self._in_engine(self._step):
+                finished_batches = await self._in_engine(self._step)
+                self._engage_helpers()
+                for finished in finished_batches:
                     log = self.batches.pop(finished.number)
                     entry, log.under_way = log.under_way, None
                     assert entry is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from ..primitives.errors import InvalidInput
@@ -16,8 +16,8 @@ class Placement:
     """What actors reserve of a Ray cluster, each model's by one placement group.
 
     Attributes:
-        learner_gpus, sampler_gpus: GPUs of a model's learner and of each of its samplers, or a
-            part of one; together at most one, they share it. None: one each (a sampler
+        learner_gpus, sampler_gpus: GPUs of each of a model's learners and samplers, or a part of
+            one; together at most one, they share it. None: one each (a sampler
             `tensor_parallel`); where there are fewer, learner and samplers have half of one each.
         learner_cpus, sampler_cpus, env_worker_cpus: CPUs reserved. 0 reserves none: the actors
             of one machine then share its cores as they come.
@@ -69,21 +69,24 @@ class Seat:
 @dataclass(frozen=True)
 class Plan:
     """Seats of a model's actors in the bundles of its placement group (none: nothing is reserved),
-    and of `another` sampler, beyond those that are always there."""
+    and of `another` sampler, beyond those that are always there. `helpers`: of the learner."""
 
     bundles: list[dict[str, float]]
     learner: Seat
     samplers: list[Seat]
     another: Seat
+    helpers: list[Seat] = field(default_factory=list)
 
 
-def plan(placement: Placement, gpus: float, tensor_parallel: int, samplers: int) -> Plan:
+def plan(
+    placement: Placement, gpus: float, tensor_parallel: int, samplers: int, learners: int = 1
+) -> Plan:
     """For a cluster with that many GPUs in all.
 
     Raises:
         InvalidInput: a sampler has not as many GPUs as `tensor_parallel`.
     """
-    learner_gpus, sampler_gpus = _gpus(placement, gpus, tensor_parallel, samplers)
+    learner_gpus, sampler_gpus = _gpus(placement, gpus, tensor_parallel, samplers, learners)
     if sampler_gpus and tensor_parallel > 1 and sampler_gpus != tensor_parallel:
         raise InvalidInput(
             f"tensor_parallel={tensor_parallel} needs as many sampler_gpus, got {sampler_gpus}"
@@ -101,20 +104,22 @@ def plan(placement: Placement, gpus: float, tensor_parallel: int, samplers: int)
         bundles.append(alone.resources)
         return Seat(cpus, gpus, len(bundles) - 1)
 
-    colocated = bool(learner_gpus) and 0 < learner_gpus + samplers * sampler_gpus <= 1
+    together = learners * learner_gpus + samplers * sampler_gpus
+    colocated = bool(learner_gpus) and 0 < together <= 1
     learner = seat(placement.learner_cpus, learner_gpus, colocated)
     seats = [seat(placement.sampler_cpus, sampler_gpus, colocated) for _ in range(samplers)]
-    return Plan(bundles, learner, seats, Seat(placement.sampler_cpus, sampler_gpus))
+    helpers = [seat(placement.learner_cpus, learner_gpus, colocated) for _ in range(learners - 1)]
+    return Plan(bundles, learner, seats, Seat(placement.sampler_cpus, sampler_gpus), helpers)
 
 
 def _gpus(
-    placement: Placement, there: float, tensor_parallel: int, samplers: int
+    placement: Placement, there: float, tensor_parallel: int, samplers: int, learners: int
 ) -> tuple[float, float]:
-    """Of the learner and of each sampler."""
+    """Of each learner and of each sampler."""
     learner, sampler = 1.0, float(tensor_parallel)
     if there == 0:
         learner, sampler = 0.0, 0.0
-    elif there < learner + samplers * sampler and tensor_parallel == 1:
+    elif there < learners * learner + samplers * sampler and tensor_parallel == 1:
         # Ray counts in ten-thousandths: rounded down, they fit into a half.
         learner, sampler = 0.5, int(5000 / samplers) / 1e4
     if placement.learner_gpus is not None:

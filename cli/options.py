@@ -37,6 +37,7 @@ Engine = Annotated[
     EngineName,
     typer.Option(help="What samples; auto: vLLM where it is installed and there is a GPU."),
 ]
+Learners = Annotated[int, typer.Option(min=1, help="Learners that share each model's batches.")]
 Samplers = Annotated[int, typer.Option(min=1, help="Samplers of each base model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 RunDir = Annotated[

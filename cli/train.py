@@ -19,6 +19,7 @@ from .options import (
     Engine,
     Home,
     Imports,
+    Learners,
     Resume,
     RunDir,
     Samplers,
@@ -38,6 +39,7 @@ def train(
     imports: Imports = None,
     address: Address = None,
     engine: Engine = "auto",
+    learners: Learners = 1,
     samplers: Samplers = 1,
     as_json: AsJson = False,
     **flags: Any,
@@ -55,7 +57,9 @@ def train(
     if ":" not in config.env:
         find(config.env)  # a wrong name is better told now than when the model is loaded
     console = Console(stderr=as_json)
-    opened: dict[str, Any] = dict(address=address, home=home, engine=engine, samplers=samplers)
+    opened: dict[str, Any] = dict(
+        address=address, home=home, engine=engine, learners=learners, samplers=samplers
+    )
     summary = asyncio.run(_run(config, run_dir, resume, opened, console))
     if as_json:
         print_json(summary)

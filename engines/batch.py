@@ -21,6 +21,8 @@ from ..primitives.validation import validate_datums
 from .backbone import Backbone
 from .packing import Pack, pack_sequences
 
+SMALLEST_PART = 128  # rows; with fewer, products are slow and prefixes are computed twice
+
 
 @dataclass(frozen=True, eq=False)
 class Unit:
@@ -99,9 +101,9 @@ class Batch:
         start, stop = self.starts[index : index + 2]
         return start + np.flatnonzero(self.wanted[start:stop])
 
-    def units(self, max_rows: int) -> list[Unit]:
+    def units(self, max_rows: int, learners: int = 1) -> list[Unit]:
         """Cut the batch into units of at most `max_rows` rows (a longer sequence is one by
-        itself). How it is cut depends on the batch alone."""
+        itself), in even parts for that many learners. Nothing else has a say in how it is cut."""
         cells = [self._wanted_cells(i) for i in range(len(self.datums))]
         used = [i for i, c in enumerate(cells) if len(c)]
         if not used:
@@ -110,10 +112,12 @@ class Batch:
         sequences = [
             self.datums[i].model_input.tokens[: int(self.positions[cells[i][-1]]) + 1] for i in used
         ]
-        return [
-            self._unit(pack, [cells[used[m]] for m in pack.members])
-            for pack in pack_sequences(sequences, max_rows)
-        ]
+        packs = pack_sequences(sequences, max_rows)
+        if len(packs) % learners:
+            rounds = -(-len(packs) // learners)
+            part = -(-sum(len(pack.tokens) for pack in packs) // (rounds * learners))
+            packs = pack_sequences(sequences, min(max_rows, max(part, SMALLEST_PART)))
+        return [self._unit(pack, [cells[used[m]] for m in pack.members]) for pack in packs]
 
     def _unit(self, pack: Pack, cells: list[np.ndarray]) -> Unit:
         """`cells`: the wanted ones, by member."""

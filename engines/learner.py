@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity, TinsmithError
+from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity, TinsmithError, Unavailable
 from ..primitives.types import (
     AdamParams,
     Datum,
@@ -32,7 +32,7 @@ from .backbone import Backbone
 from .batch import Batch, Unit
 from .fair_queue import FairQueue
 from .optimizer import AdamState, Due, adam_steps
-from .passes import PassTimes, Result, Work, run_pass
+from .passes import Outcome, PassRunner, Result, Work, run_pass
 from .run_store import Run, RunStore
 
 CHECKPOINTING_ROWS = 4096
@@ -60,12 +60,12 @@ class _Task:
     def __post_init__(self) -> None:
         self.missing = len(self.units)
 
-    def note(self, part: float, began: float, times: PassTimes) -> None:
-        """This batch had `part` of a pass."""
+    def note(self, share: float, began: float, outcome: Outcome) -> None:
+        """This batch had a `share` of a pass."""
         if self.queue_s is None:
             self.queue_s = began - self.arrived
-        self.forward_s += part * times.forward
-        self.backward_s += part * times.backward
+        self.forward_s += share * outcome.forward_s
+        self.backward_s += share * outcome.backward_s
 
     def output(self) -> ForwardBackwardOutput:
         return self.batch.output(
@@ -76,6 +76,29 @@ class _Task:
                 "backward_s:sum": self.backward_s,
             }
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A unit's place in a pass."""
+
+    task: _Task
+    unit: Unit
+    run: Run
+
+    @property
+    def rows(self) -> int:
+        return len(self.unit.pack.tokens)
+
+    @property
+    def work(self) -> Work:
+        task, run = self.task, self.run
+        loss, config = task.batch.loss, task.batch.config
+        return Work(self.unit, run.layout, run.params, loss, config, task.backward)
+
+
+def _checkpoint(parts: Sequence[_Part]) -> bool:
+    return parts[0].task.backward and sum(part.rows for part in parts) > CHECKPOINTING_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +116,20 @@ class LearnerEngine:
     Args:
         backbone: the frozen base model.
         max_pack_tokens: rows of one pass; bounds the memory that activations take.
+        learners: with how many others' help, itself included, batches are to be computed.
         runs: options of the `RunStore`.
+
+    Attributes:
+        helpers: the others, as they come and go; what is computed does not depend on it.
     """
 
-    def __init__(self, backbone: Backbone, *, max_pack_tokens: int = 2048, **runs: Any) -> None:
+    def __init__(
+        self, backbone: Backbone, *, max_pack_tokens: int = 2048, learners: int = 1, **runs: Any
+    ) -> None:
         self.backbone = backbone
         self.max_pack_tokens = max_pack_tokens
+        self.learners = learners
+        self.helpers: dict[int, PassRunner] = {}
         self.runs = RunStore(backbone.device, **runs)
         self.queue = FairQueue()
         self._numbers = itertools.count()
@@ -232,7 +263,7 @@ class LearnerEngine:
             raise NotFound(f"run {run_id!r} is not in this learner's memory")
         with record_function("pack"):
             batch = Batch(self.backbone, data, loss_fn, loss_fn_config, logprobs)
-            units = deque(batch.units(self.max_pack_tokens))
+            units = deque(batch.units(self.max_pack_tokens, self.learners))
         packed = time.perf_counter()
         task = _Task(
             next(self._numbers),
@@ -251,12 +282,10 @@ class LearnerEngine:
         return task.number
 
     def step(self) -> list[Finished]:
-        """Run one pass, and return the batches that are done (none, if all go on)."""
-        if self._tasks:
-            with ExitStack() as held:
-                chosen, runs = self._choose(held)
-                if chosen:
-                    self._pass(chosen, runs)
+        """Run a pass here and one with each helper, and return the batches that are done (none, if
+        all go on)."""
+        with ExitStack() as held:
+            self._run(self._choose_passes(held))
         finished, self._finished = self._finished, []
         return finished
 
@@ -267,21 +296,27 @@ class LearnerEngine:
         finished, self._finished = self._finished, []
         return [*finished, *(Finished(number, error=error) for number in numbers)]
 
-    def _choose(self, held: ExitStack) -> tuple[list[tuple[_Task, Unit]], dict[str, Run]]:
-        """The units of the next pass, in fair turns as long as they fit, and their runs, which
-        `held` keeps in memory."""
-        chosen: list[tuple[_Task, Unit]] = []
+    def _choose_passes(self, held: ExitStack) -> list[list[_Part]]:
+        """What each learner computes next; `held` keeps the runs in memory."""
+        for tasks in list(self._tasks.values()):
+            if not tasks[0].units:
+                self._close(tasks[0])  # its loss depends on nothing
+        learners = 1 + len(self.helpers)
+        rows = sum(len(u.pack.tokens) for tasks in self._tasks.values() for u in tasks[0].units)
+        room = min(self.max_pack_tokens, -(-rows // learners))
         runs: dict[str, Run] = {}
-        room = self.max_pack_tokens
-        waiting = {run_id: tasks[0] for run_id, tasks in self._tasks.items()}
-        for task in [task for task in waiting.values() if not task.units]:
-            del waiting[task.run_id]
-            self._close(task)  # its loss depends on nothing
+        passes = [self._choose(held, runs, room) for _ in range(learners)]
+        return [chosen for chosen in passes if chosen]
+
+    def _choose(self, held: ExitStack, runs: dict[str, Run], room: int) -> list[_Part]:
+        """The units of a pass, in fair turns as long as there is room. `runs`: those already held."""
+        chosen: list[_Part] = []
+        waiting = {run_id: tasks[0] for run_id, tasks in self._tasks.items() if tasks[0].units}
         while waiting:
             run_id = self.queue.order(waiting)[0]
             task = waiting[run_id]
             fits = not chosen or (
-                task.backward == chosen[0][0].backward and len(task.units[0].pack.tokens) <= room
+                task.backward == chosen[0].task.backward and len(task.units[0].pack.tokens) <= room
             )
             if fits and run_id not in runs:
                 try:
@@ -289,62 +324,73 @@ class LearnerEngine:
                 except OutOfCapacity as error:
                     # Beside these there is no room for it: it goes without them, next time.
                     fits = False
-                    if not chosen:
+                    if not runs:
                         self._close(task, error)
             if not fits:
                 del waiting[run_id]
                 continue
             unit = task.units.popleft()
-            chosen.append((task, unit))
+            chosen.append(_Part(task, unit, runs[run_id]))
             self.queue.charge(run_id, len(unit.pack.tokens))
             room -= len(unit.pack.tokens)
             if not task.units:
                 del waiting[run_id]
-        return chosen, runs
+        return chosen
 
-    def _pass(self, chosen: Sequence[tuple[_Task, Unit]], runs: Mapping[str, Run]) -> None:
-        began = time.perf_counter()
-        rows = sum(len(unit.pack.tokens) for _, unit in chosen)
-        works = [
-            Work(
-                unit,
-                runs[task.run_id].layout,
-                runs[task.run_id].params,
-                task.batch.loss,
-                task.batch.config,
-                task.backward,
-            )
-            for task, unit in chosen
-        ]
+    def _run(self, passes: Sequence[Sequence[_Part]]) -> None:
+        """The first here, the others by helpers meanwhile; what a helper fails at is done here."""
+        began, cpu = time.perf_counter(), torch.device("cpu")
+        helped = {
+            name: (parts, helper([part.work.to(cpu) for part in parts], _checkpoint(parts)))
+            for parts, (name, helper) in zip(passes[1:], self.helpers.items(), strict=False)
+        }
+        for parts in passes[:1]:
+            self._run_here(parts, began)
+        for name, (parts, future) in helped.items():
+            try:
+                outcome = future.result().to(self.backbone.device)
+            except Exception as error:
+                if isinstance(error, Unavailable):
+                    del self.helpers[name]
+                self._run_here(parts, began)
+            else:
+                self._take_all(parts, outcome, began)
+
+    def _run_here(self, parts: Sequence[_Part], began: float) -> None:
+        parts = [part for part in parts if part.task.failure is None]
+        if not parts:
+            return
         try:
-            results, times = run_pass(
-                self.backbone, works, checkpointing=works[0].backward and rows > CHECKPOINTING_ROWS
-            )
+            works = [part.work for part in parts]
+            outcome = run_pass(self.backbone, works, _checkpoint(parts))
         except Exception as error:
-            if len(chosen) == 1:
-                task = chosen[0][0]
+            # One of them is to blame: each by itself.
+            for part in parts if len(parts) > 1 else []:
+                self._run_here([part], began)
+            if len(parts) == 1:
+                task = parts[0].task
                 failure = TinsmithError(
                     f"{task.loss_fn!r} on this batch failed: {type(error).__name__}: {error}"
                 )
                 failure.__cause__ = error
                 self._close(task, failure)
-                return
-            # One of them is to blame: each by itself.
-            for one in chosen:
-                if one[0].failure is None:
-                    self._pass([one], runs)
-            return
-        for (task, unit), result in zip(chosen, results, strict=True):
-            task.note(len(unit.pack.tokens) / rows, began, times)
-            if task.failure is None:
-                self._take(task, unit, result, runs[task.run_id])
+        else:
+            self._take_all(parts, outcome, began)
 
-    def _take(self, task: _Task, unit: Unit, result: Result | InvalidInput, run: Run) -> None:
+    def _take_all(self, parts: Sequence[_Part], outcome: Outcome, began: float) -> None:
+        rows = sum(part.rows for part in parts)
+        for part, result in zip(parts, outcome.results, strict=True):
+            part.task.note(part.rows / rows, began, outcome)
+            if part.task.failure is None:
+                self._take(part, result)
+
+    def _take(self, part: _Part, result: Result | InvalidInput) -> None:
         """What a unit gave; with the last one the batch is done."""
+        task, run = part.task, part.run
         if isinstance(result, InvalidInput):
             self._close(task, result)
             return
-        task.batch.add(unit, result.loss, result.logprobs_M)
+        task.batch.add(part.unit, result.loss, result.logprobs_M)
         task.missing -= 1
         if result.grad is not None:
             task.grad = result.grad if task.grad is None else task.grad.add_(result.grad)

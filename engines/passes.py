@@ -11,8 +11,9 @@ Dimension names: T rows of the pass, D hidden size, N rows with a target, M (row
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +44,9 @@ class Work:
     config: Mapping[str, float]
     backward: bool
 
+    def to(self, device: torch.device) -> Work:
+        return replace(self, params=self.params.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -52,23 +56,29 @@ class Result:
     logprobs_M: np.ndarray
     grad: Tensor | None
 
-
-@dataclass(frozen=True)
-class PassTimes:
-    """Seconds."""
-
-    forward: float
-    backward: float
+    def to(self, device: torch.device) -> Result:
+        return self if self.grad is None else replace(self, grad=self.grad.to(device))
 
 
-def run_pass(
-    backbone: Backbone, works: Sequence[Work], checkpointing: bool = False
-) -> tuple[list[Result | InvalidInput], PassTimes]:
-    """Compute all `works` (either all `backward` or none) in one pass.
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Per work of a pass its result, or what its loss function raised; and the seconds it took."""
 
-    Returns:
-        Per work its result, or what its loss function raised.
-    """
+    results: list[Result | InvalidInput]
+    forward_s: float
+    backward_s: float
+
+    def to(self, device: torch.device) -> Outcome:
+        moved = [r.to(device) if isinstance(r, Result) else r for r in self.results]
+        return replace(self, results=moved)
+
+
+PassRunner = Callable[[Sequence[Work], bool], "Future[Outcome]"]
+"""Computes a pass elsewhere: `(works, checkpointing)`, all on the CPU, as the outcome is."""
+
+
+def run_pass(backbone: Backbone, works: Sequence[Work], checkpointing: bool = False) -> Outcome:
+    """Compute all `works` (either all `backward` or none) in one pass."""
     started = time.perf_counter()
     device, backward = backbone.device, works[0].backward
     leaves = [_leaves(work) for work in works]
@@ -95,7 +105,7 @@ def run_pass(
         else Result(float(loss.detach()), p_M.detach().cpu().numpy(), grad)
         for loss, p_M, grad in zip(losses, logprobs, grads, strict=True)
     ]
-    return results, PassTimes(forwarded - started, time.perf_counter() - forwarded)
+    return Outcome(results, forwarded - started, time.perf_counter() - forwarded)
 
 
 def _wait_for(device: torch.device) -> None:

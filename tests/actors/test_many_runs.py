@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
 import torch
 
 import tinsmith
+from tests.actors.script import run_script
+from tests.actors.test_training import engine_threads
 from tests.conftest import THREADS
 from tests.data import text_datum
 from tinsmith.actors.learner import Learner
+from tinsmith.engines.backbone import Backbone
+from tinsmith.engines.learner import LearnerEngine
 from tinsmith.engines.run_store import state_bytes
 from tinsmith.primitives.types import AdamParams, LoraConfig
 
@@ -82,3 +87,58 @@ async def test_a_share_is_a_positive_number(service):
         with pytest.raises(tinsmith.InvalidInput, match="share must be a positive number"):
             training.set_share(share)
     await training.set_share(2)
+
+
+def batches_of_six() -> list[list[tinsmith.Datum]]:
+    rng = np.random.default_rng(2)
+    return [[text_datum(rng, 100) for _ in range(6)] for _ in range(6)]
+
+
+SCRIPT = """
+import asyncio, json, sys
+
+import ray
+import tinsmith
+from tests.actors.test_many_runs import batches_of_six
+from tinsmith.primitives.op import Op
+
+async def main(home):
+    batches = batches_of_six()
+    async with tinsmith.connect(home=home, num_cpus=2, learner_threads=1, learners=2) as service:
+        find = lambda: Op(service.controller.call("learner_helper", "tiny-llama", 1))
+        training = await service.create_lora_training_client("tiny-llama", rank=4, seed=0)
+        for step, batch in enumerate(batches):
+            if step == 3:
+                killed = await find()
+                ray.kill(killed.actor)
+            training.forward_backward(batch)
+            await training.optim_step(tinsmith.AdamParams(learning_rate=1e-2))
+        output = await training.forward(batches[0])
+        replaced = (await find()).actor != killed.actor
+        logprobs = [out["logprobs"].tolist() for out in output.loss_fn_outputs]
+        print(json.dumps({"replaced": replaced, "logprobs": logprobs}))
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_two_learners_give_what_one_gives_and_one_may_die(tiny_home):
+    """A Ray actor helps; it is killed half-way, and replaced."""
+    told = json.loads(run_script(SCRIPT, tiny_home).splitlines()[-1])
+    assert told["replaced"]
+    engine = LearnerEngine(Backbone(str(tiny_home / "models" / "tiny-llama")), learners=2)
+    engine.create_run("run", LoraConfig(rank=4, seed=0))
+    with engine_threads():
+        for batch in batches_of_six():
+            engine.forward_backward("run", batch, "cross_entropy")
+            engine.optim_step("run", AdamParams(learning_rate=1e-2))
+        output = engine.forward("run", batches_of_six()[0], "cross_entropy")
+    for got, wanted in zip(told["logprobs"], output.loss_fn_outputs, strict=True):
+        np.testing.assert_array_equal(np.float32(got), wanted["logprobs"])
+
+
+def test_learners_is_a_number_above_zero():
+    for learners in (0, True, 1.5):
+        with pytest.raises(tinsmith.InvalidInput, match="learners must be an integer"):
+            tinsmith.connect(learners=learners)

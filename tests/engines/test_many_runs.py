@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import cloudpickle
 import numpy as np
 import peft
 import pytest
@@ -17,8 +21,10 @@ from tinsmith.algorithms.losses import LOSSES, Loss
 from tinsmith.engines import learner as learner_module
 from tinsmith.engines.adapter_files import write_adapter
 from tinsmith.engines.backbone import Backbone
+from tinsmith.engines.batch import Batch
 from tinsmith.engines.fair_queue import FairQueue
 from tinsmith.engines.learner import LearnerEngine
+from tinsmith.engines.passes import run_pass
 from tinsmith.engines.run_store import state_bytes
 from tinsmith.primitives.types import AdamParams, Datum, LoraConfig
 
@@ -228,10 +234,10 @@ def test_a_bad_batch_fails_alone(llama, raising_loss):
 def test_a_pass_that_fails_is_computed_again_batch_by_batch(llama, monkeypatch):
     engine, real = LearnerEngine(llama), learner_module.run_pass
 
-    def short_of_memory(backbone, works, **options):
+    def short_of_memory(backbone, works, *options):
         if len(works) > 1 or works[0].layout.config.rank == 3:
             raise MemoryError("no room")
-        return real(backbone, works, **options)
+        return real(backbone, works, *options)
 
     monkeypatch.setattr(learner_module, "run_pass", short_of_memory)
     outcomes = together(engine, mixed_losses(engine))
@@ -361,3 +367,66 @@ def test_what_cannot_fit_is_refused_with_what_it_needs(llama, tmp_path):
     with pytest.raises(tinsmith.OutOfCapacity, match="could not be set aside"):
         engine.create_run("b", LoraConfig(rank=4))
     train(engine, ["a"], 1)  # still there
+
+
+# ---- several learners ----
+
+
+class Elsewhere:
+    """A helper on another copy of the model, in a thread; `dies_after` passes, like one killed."""
+
+    def __init__(self, path: str, dies_after: int = 10**9) -> None:
+        self.backbone, self.left = Backbone(path), dies_after
+        self.thread = ThreadPoolExecutor(1)
+        self.passes = 0
+
+    def __call__(self, works, checkpointing):
+        def compute():
+            # As between processes: nothing is shared.
+            sent = pickle.loads(cloudpickle.dumps(works))
+            if self.left == 0:
+                raise tinsmith.Unavailable("it was killed")
+            self.left -= 1
+            self.passes += 1
+            return run_pass(self.backbone, sent, checkpointing)
+
+        return self.thread.submit(compute)
+
+
+@pytest.mark.parametrize("dies_after", [0, 3, 10**9])
+def test_a_batch_in_parts_gives_the_same_whoever_computes_them(tiny_llama, llama, dies_after):
+    """Two learners, one, or two of which one dies: bit for bit. Against undivided batches: 1e-5."""
+    rng = np.random.default_rng(3)
+    batches = [
+        {f"run-{i}": (long_batch(rng, 5 + i), "cross_entropy") for i in range(2)} for _ in range(3)
+    ]
+
+    def trained(learners: int, helper: Elsewhere | None) -> LearnerEngine:
+        engine = LearnerEngine(llama, max_pack_tokens=256, learners=learners)
+        if helper is not None:
+            engine.helpers[1] = helper
+        for i in range(2):
+            add_run(engine, f"run-{i}", LoraConfig(rank=3, seed=i))
+        for step in batches:
+            outcomes = together(engine, step)
+            assert all(outcome.metrics["loss:sum"] > 0 for outcome in outcomes.values())
+            engine.optim_steps(dict.fromkeys(step, ADAM))
+        return engine
+
+    helper = Elsewhere(tiny_llama, dies_after)
+    alone, helped, undivided = trained(2, None), trained(2, helper), trained(1, None)
+    assert helper.passes == min(dies_after, helper.passes)
+    assert (helper.passes > 3) == (dies_after > 3)
+    assert (1 in helped.helpers) == (dies_after > 3)
+    for i in range(2):
+        assert torch.equal(alone.export(f"run-{i}"), helped.export(f"run-{i}"))
+        torch.testing.assert_close(
+            undivided.export(f"run-{i}"), helped.export(f"run-{i}"), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_batch_is_divided_evenly(llama):
+    rng = np.random.default_rng(4)
+    batch = Batch(llama, long_batch(rng, 12), "cross_entropy", None, "all")
+    rows = [[len(u.pack.tokens) for u in batch.units(2048, learners)] for learners in (1, 2, 3)]
+    assert rows == [[720], [360, 360], [240, 240, 240]]
