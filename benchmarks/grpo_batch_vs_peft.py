@@ -7,87 +7,94 @@ TRL does). Same adapter, same `importance_sampling` loss; losses and gradients a
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import Any
+import argparse
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from harness import alternate, options, report, say
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft_side import add_run, gradient_difference, peft_model, target_logprobs
 
 from tinsmith import Datum, LoraConfig
-from tinsmith.engines.adapter_files import write_adapter
 from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
 
-GROUPS, GROUP_SIZE, PROMPT, COMPLETION = 8, 8, 128, 32
 LORA = LoraConfig(rank=32, seed=0, train_unembed=False)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`together`: sequences that PEFT computes at once."""
+
+    groups: int
+    size: int
+    prompt: int
+    completion: int
+    together: int
 
 
 def main() -> None:
     chosen = options(__doc__)
-    groups = 2 if chosen.quick else GROUPS
+    compare(chosen, Shape(2 if chosen.quick else 8, 8, 128, 32, 8))
+
+
+def compare(chosen: argparse.Namespace, shape: Shape) -> None:
+    """Measure both sides, and report."""
     engine = LearnerEngine(Backbone(chosen.model))
-    engine.create_run("run", LORA)
-    run = engine.runs["run"]
+    add_run(engine, "run", LORA)
+    peft = peft_model(chosen.model, engine, ["run"])
     rng = np.random.default_rng(0)
-    # B away from zero, so that every factor has a gradient.
-    run.params.add_(torch.from_numpy(rng.normal(0, 0.01, len(run.params)).astype(np.float32)))
-    peft = _peft_model(chosen.model, engine)
-    tokens_GSL = rng.integers(
-        0, engine.backbone.vocab_size, (groups, GROUP_SIZE, PROMPT + COMPLETION)
-    )
-    tokens_GSL[:, :, :PROMPT] = tokens_GSL[:, :1, :PROMPT]
-    advantages_GS = rng.normal(size=(groups, GROUP_SIZE)).astype(np.float32)
-    q_GSC = rng.normal(-10, 0.1, (groups, GROUP_SIZE, COMPLETION)).astype(np.float32)
+    groups, size, prompt, completion = shape.groups, shape.size, shape.prompt, shape.completion
+    tokens_GSL = rng.integers(0, engine.backbone.vocab_size, (groups, size, prompt + completion))
+    tokens_GSL[:, :, :prompt] = tokens_GSL[:, :1, :prompt]
+    tokens_BL = tokens_GSL.reshape(groups * size, -1)
+    advantages_B = rng.normal(size=len(tokens_BL)).astype(np.float32)
+    q_BC = rng.normal(-10, 0.1, (len(tokens_BL), completion)).astype(np.float32)
     datums = [
-        _datum(tokens_GSL[g, s], q_GSC[g, s], advantages_GS[g, s])
-        for g in range(groups)
-        for s in range(GROUP_SIZE)
+        _datum(tokens, q, advantage, prompt)
+        for tokens, q, advantage in zip(tokens_BL, q_BC, advantages_B, strict=True)
     ]
     losses: dict[str, float] = {}
 
     def ours() -> None:
-        run.grad.zero_()
+        engine.runs["run"].grad.zero_()
         output = engine.forward_backward("run", datums, "importance_sampling", logprobs="loss")
         losses["ours"] = output.metrics["loss:sum"]
 
     def theirs() -> None:
         peft.zero_grad()
         losses["theirs"] = 0.0
-        for group in range(groups):
-            ids = torch.from_numpy(tokens_GSL[group])
+        for first in range(0, len(tokens_BL), shape.together):
+            here = slice(first, first + shape.together)
+            ids = torch.from_numpy(tokens_BL[here])
             # One position more than the completion: each predicts the token after it.
             logits = peft(
-                input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=COMPLETION + 1
+                input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=completion + 1
             ).logits[:, :-1]
-            targets = ids[:, PROMPT:, None]
-            p = logits.gather(-1, targets)[..., 0] - logits.logsumexp(-1)
-            r = torch.exp(p - torch.from_numpy(q_GSC[group]))
-            loss = -(r * torch.from_numpy(advantages_GS[group])[:, None]).sum()
+            p = target_logprobs(logits, ids[:, prompt:])
+            r = torch.exp(p - torch.from_numpy(q_BC[here]))
+            loss = -(r * torch.from_numpy(advantages_B[here])[:, None]).sum()
             loss.backward()
             losses["theirs"] += float(loss.detach())
 
     ours_s, theirs_s = alternate(ours, theirs, chosen.runs)
     loss_difference = abs(losses["ours"] - losses["theirs"]) / abs(losses["theirs"])
-    difference = _gradient_difference(engine, peft)
+    difference = gradient_difference(engine, "run", peft)
     say(f"relative differences: loss {loss_difference:.1e}, gradient {difference:.1e}")
     assert loss_difference < 1e-3, loss_difference
     assert difference < 1e-3, difference
     report(
         "tokens/s",
-        tokens_GSL.size / ours_s,
-        tokens_GSL.size / theirs_s,
+        tokens_BL.size / ours_s,
+        tokens_BL.size / theirs_s,
         theirs_s / ours_s,
         chosen.runs,
         gradient_difference=float(f"{difference:.1e}"),
     )
 
 
-def _datum(tokens: np.ndarray, q: np.ndarray, advantage: float) -> Datum:
-    completion = slice(PROMPT - 1, None)
+def _datum(tokens: np.ndarray, q: np.ndarray, advantage: float, prompt: int) -> Datum:
+    completion = slice(prompt - 1, None)
     logprobs = np.zeros(len(tokens) - 1, np.float32)
     advantages = np.zeros(len(tokens) - 1, np.float32)
     logprobs[completion], advantages[completion] = q, advantage
@@ -95,27 +102,6 @@ def _datum(tokens: np.ndarray, q: np.ndarray, advantage: float) -> Datum:
         tokens[:-1],
         {"target_tokens": tokens[1:], "logprobs": logprobs, "advantages": advantages},
     )
-
-
-def _peft_model(path: str, engine: LearnerEngine) -> Any:
-    """The same base model under the same adapter, by way of PEFT's files."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        run = engine.runs["run"]
-        for name, data in write_adapter(run.layout, run.params, path).items():
-            (Path(folder) / name).write_bytes(data)
-        return PeftModel.from_pretrained(model, folder, is_trainable=True)
-
-
-def _gradient_difference(engine: LearnerEngine, peft: Any) -> float:
-    """Largest difference of any factor's gradient, relative to the largest gradient."""
-    run, theirs = engine.runs["run"], dict(peft.named_parameters())
-    worst = 0.0
-    for name, factors in run.layout.views(run.grad).items():
-        for part, ours in zip(("lora_A", "lora_B"), factors, strict=True):
-            grad = theirs[f"base_model.model.{name}.{part}.default.weight"].grad
-            worst = max(worst, float((ours - grad).abs().max()))
-    return worst / float(run.grad.abs().max())
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ def main() -> None:
     chosen = options(__doc__)
     small = chosen.quick
     engine = LearnerEngine(Backbone(chosen.model))
-    for index in range(max(RUNS)):
+    counts, lengths, groups = (
+        ((1, 4), LENGTHS[:1], GROUPS[:2]) if small else (RUNS, LENGTHS, GROUPS)
+    )
+    for index in range(max(counts)):
         lora = LoraConfig(rank=2 if small else 16, seed=index, train_unembed=False)
         add_run(engine, f"run-{index}", lora)
     vocabulary, rng = engine.backbone.vocab_size, np.random.default_rng(0)
@@ -59,9 +62,8 @@ def main() -> None:
             ]
         }
 
-    lengths, groups = (LENGTHS[:2], GROUPS[:2]) if small else (LENGTHS, GROUPS)
     sweeps = {
-        "runs": rates(engine, {n: of_runs(n) for n in RUNS}, chosen.runs),
+        "runs": rates(engine, {n: of_runs(n) for n in counts}, chosen.runs),
         "tokens of a sequence": rates(engine, {n: of_length(n) for n in lengths}, chosen.runs),
         "completions of a prompt": rates(engine, {n: of_group(n) for n in groups}, chosen.runs),
     }
@@ -71,7 +73,7 @@ def main() -> None:
     if not small:
         plot(sweeps)
     by_runs = sweeps["runs"]
-    most, one = by_runs[max(RUNS)], by_runs[1]
+    most, one = by_runs[max(counts)], by_runs[1]
     tables = {
         name: {str(n): round(rate, 1) for n, rate in sweep.items()}
         for name, sweep in sweeps.items()
