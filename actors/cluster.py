@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from ..engines.base_weights import BaseWeights, check_base_weights
 from ..engines.vllm_start import EngineName, VllmOptions, chosen_engine
 from ..primitives.client import ServiceClient
 from ..primitives.errors import InvalidInput, Unavailable
@@ -65,6 +66,7 @@ def connect(
     kv_bytes: int | None = None,
     engine: EngineName = "auto",
     vllm: VllmOptions | None = None,
+    base_weights: BaseWeights = "auto",
     samplers: int | Replicas = 1,
     placement: Placement | None = None,
     verbose: bool = False,
@@ -83,18 +85,24 @@ def connect(
         engine: what samples: `vllm`, `torch`, or `auto`: vLLM if it is installed and there is a
             GPU. (A cluster that runs already keeps its own.)
         vllm: how vLLM is started.
+        base_weights: what learners and torch samplers keep the frozen weights in: `fp32`, `bf16`,
+            quantised to `int8` or `nf4` (QLoRA), or `auto`: on a GPU bf16 for a model stored in it,
+            else fp32.
         samplers: how many a base model has: a number, or `Replicas` for as many as it takes.
         placement: what learners, samplers and environment workers reserve of the cluster
             (default: GPUs, where there are any).
         verbose: show the actors' own output.
 
     Raises:
-        Unavailable: no cluster answers at `address`, or vLLM is asked for and not installed.
+        InvalidInput: a setting is not one of its values, or two do not go together.
+        Unavailable: no cluster answers at `address`; vLLM, or a quantised base, is asked for and
+            not installed.
     """
     if address is not None and address != "auto" and not _ADDRESS.fullmatch(address):
         raise InvalidInput(
             f'address must be None, "auto", "host:port" or "ray://host:port", got {address!r}'
         )
+    check_base_weights(base_weights)
     options = dict(
         num_cpus=num_cpus,
         verbose=verbose,
@@ -102,7 +110,8 @@ def connect(
             learner_threads=learner_threads,
             sampler_threads=sampler_threads,
             kv_bytes=kv_bytes,
-            vllm=chosen_engine(engine, vllm),
+            vllm=chosen_engine(engine, vllm, base_weights),
+            base_weights=base_weights,
             replicas=Replicas.of(samplers),
             placement=placement,
         ),

@@ -19,6 +19,7 @@ import ray
 from ..algorithms.losses import loss_names
 from ..engines import models
 from ..engines.backbone import SUPPORTED_FAMILIES
+from ..engines.base_weights import BaseWeights
 from ..engines.vllm_coverage import Coverage
 from ..engines.vllm_start import VllmOptions
 from ..primitives.client import RunGrant, SamplerGrant
@@ -67,6 +68,7 @@ class Controller:
         vllm: VllmOptions | None = None,
         replicas: Replicas | None = None,
         placement: Placement | None = None,
+        base_weights: BaseWeights = "auto",
     ) -> None:
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
@@ -75,6 +77,7 @@ class Controller:
         self.sampler_threads = sampler_threads
         self.kv_bytes = kv_bytes
         self.vllm = vllm
+        self.base_weights: BaseWeights = base_weights
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
         self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
@@ -166,7 +169,7 @@ class Controller:
                     runtime_env=ENGINE_ENV,
                     **place.reservation.options(place.plan.learner),
                 )
-                .remote(name, path, self.home, me, self.learner_threads)
+                .remote(name, path, self.home, me, self.learner_threads, self.base_weights)
             )
             handle = RayHandle(actor, "learner")
             await Op(handle.call("start"))
@@ -185,6 +188,8 @@ class Controller:
                 num_threads=self.sampler_threads,
                 kv_bytes=self.kv_bytes,
                 vllm=self.vllm,
+                weights=self.base_weights,
+                copies=models.copies_folder(self.home),
             )
             actor = (
                 ray.remote(SamplerPool)

@@ -21,7 +21,9 @@ import safetensors.torch
 
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
+from ..engines.base_weights import BaseWeights
 from ..engines.learner import LearnerEngine
+from ..engines.models import copies_folder
 from ..primitives.errors import InvalidInput, NotFound, OpCancelled, TinsmithError, Unavailable
 from ..primitives.op import Handle, Op
 from ..primitives.paths import CheckpointPath
@@ -75,12 +77,15 @@ class Learner:
         storage_root: str,
         controller: Handle,
         num_threads: int | None = None,
+        weights: BaseWeights = "auto",
     ) -> None:
         self.base_model = base_model
         self.model_path = model_path
         self.storage = Storage(storage_root)
         self.controller = controller
         self.num_threads = num_threads
+        self.weights: BaseWeights = weights
+        self.copies = copies_folder(storage_root)
         self.logs: dict[str, RunLog] = {}
         self.turn: list[str] = []
         self.sampler: Handle | None = None
@@ -94,7 +99,8 @@ class Learner:
         """Load the base model.
 
         Raises:
-            InvalidInput: the model's family is not supported.
+            InvalidInput: the model's family is not supported, or it is stored quantised.
+            Unavailable: quantised weights are asked for, and their library is not installed.
         """
         await self._in_engine(self._load)
         self.pump = asyncio.create_task(self._apply_logs())
@@ -104,7 +110,8 @@ class Learner:
 
     def _load(self) -> None:
         set_engine_threads(self.num_threads)
-        self.engine = LearnerEngine(Backbone(self.model_path, device=engine_device()))
+        backbone = Backbone(self.model_path, self.weights, engine_device(), copies=self.copies)
+        self.engine = LearnerEngine(backbone)
 
     async def _in_engine(self, function: Any, *args: Any) -> Any:
         loop = asyncio.get_running_loop()
@@ -345,6 +352,7 @@ class Learner:
             backbone.max_context,
             backbone.vocab_size,
             run.layout.size,
+            backbone.weights,
         )
 
     def _op_save_state(self, log: RunLog, name: str, **how: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..primitives.errors import Unavailable
-from .options import Address, Engine, Home, Samplers
+from .options import Address, BaseWeights, Engine, Home, Samplers
 
 
 def serve(
@@ -46,6 +46,7 @@ def serve(
         int | None, typer.Option(help="Threads of a sampler.", show_default="all CPUs")
     ] = None,
     engine: Engine = "auto",
+    base_weights: BaseWeights = "auto",
     samplers: Samplers = 1,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the actors' output.")] = False,
 ) -> None:
@@ -80,6 +81,7 @@ def serve(
             learner_threads=learner_threads,
             sampler_threads=sampler_threads,
             engine=engine,
+            base_weights=base_weights,
             samplers=samplers,
             verbose=verbose,
         ) as service:

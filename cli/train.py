@@ -16,6 +16,7 @@ from .config import chosen_config, with_config_flags
 from .options import (
     Address,
     AsJson,
+    BaseWeights,
     Engine,
     Home,
     Imports,
@@ -38,6 +39,7 @@ def train(
     imports: Imports = None,
     address: Address = None,
     engine: Engine = "auto",
+    base_weights: BaseWeights = "auto",
     samplers: Samplers = 1,
     as_json: AsJson = False,
     **flags: Any,
@@ -55,7 +57,9 @@ def train(
     if ":" not in config.env:
         find(config.env)  # a wrong name is better told now than when the model is loaded
     console = Console(stderr=as_json)
-    opened: dict[str, Any] = dict(address=address, home=home, engine=engine, samplers=samplers)
+    opened: dict[str, Any] = dict(
+        address=address, home=home, engine=engine, base_weights=base_weights, samplers=samplers
+    )
     summary = asyncio.run(_run(config, run_dir, resume, opened, console))
     if as_json:
         print_json(summary)

@@ -98,7 +98,7 @@ def padded_reference(model, datums, loss_fn, config):
         config = function.fill_config(config)
         filled = function.fill_inputs(inputs, config)
         loss = loss + function.function(p, filled, config).sum()
-        outputs.append(p.detach().numpy())
+        outputs.append(p.detach().float().numpy())
     return loss, outputs
 
 
