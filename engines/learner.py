@@ -31,12 +31,12 @@ from ..primitives.types import (
 from ..primitives.validation import validate_datums
 from .backbone import Backbone
 from .lora import UNEMBED, Adapter, AdapterLayout, Span
+from .memory import PassShape
+from .memory_budget import Budget
 from .optimizer import AdamState, adam_step
 from .packing import Pack, pack_sequences
 from .target_logprobs import UnembedSpan, target_logprobs
 from .tree_attention import TreeAttention
-
-CHECKPOINTING_ROWS = 4096
 
 
 @dataclass(eq=False)
@@ -80,17 +80,26 @@ class LearnerEngine:
     Args:
         backbone: the frozen base model.
         max_pack_tokens: rows of one pass; bounds the memory that activations take.
+        memory_bytes: for runs and passes; None: three quarters of what is free.
     """
 
-    def __init__(self, backbone: Backbone, *, max_pack_tokens: int = 2048) -> None:
+    def __init__(
+        self, backbone: Backbone, *, max_pack_tokens: int = 2048, memory_bytes: int | None = None
+    ) -> None:
         self.backbone = backbone
+        self.budget = Budget(backbone, memory_bytes)
         self.max_pack_tokens = max_pack_tokens
         self.runs: dict[str, Run] = {}
 
     # ---- runs ----
 
     def create_run(self, run_id: str, lora: LoraConfig) -> None:
+        """
+        Raises:
+            OutOfCapacity: there is no memory for its state.
+        """
         layout = self.backbone.layout(lora)
+        self.budget.admit(layout, self._layouts())
         params = layout.initial().to(self.backbone.device)
         self.runs[run_id] = Run(
             lora, layout, params, torch.zeros_like(params), AdamState.zeros(params)
@@ -98,6 +107,9 @@ class LearnerEngine:
 
     def drop_run(self, run_id: str) -> None:
         self.runs.pop(run_id, None)
+
+    def _layouts(self) -> list[AdapterLayout]:
+        return [run.layout for run in self.runs.values()]
 
     def _run(self, run_id: str) -> Run:
         if run_id not in self.runs:
@@ -168,6 +180,8 @@ class LearnerEngine:
             InvalidInput: a bad datum or config, or a gradient that is not finite; the
                 accumulated gradient is unchanged.
             NotFound: no such loss or run.
+            OutOfCapacity: a pass would not fit into memory, even with activation checkpointing;
+                nothing was computed.
         """
         run = self._run(run_id)
         batch = self._batch(data, loss_fn, loss_fn_config, logprobs)
@@ -240,9 +254,19 @@ class LearnerEngine:
         ]
         total, rows = 0.0, 0
         if used:
-            for pack in pack_sequences(sequences, self.max_pack_tokens):
-                members = [used[m] for m in pack.members]
-                total += self._pass(run, batch, pack, members, logprobs, grad)
+            packs = pack_sequences(sequences, self.max_pack_tokens)
+            members_of = [[used[m] for m in pack.members] for pack in packs]
+            # All are looked at before the first one runs.
+            chosen = self.budget.checkpointing(
+                [
+                    (self._shape(batch, pack, members), [run.layout])
+                    for pack, members in zip(packs, members_of, strict=True)
+                ],
+                self._layouts(),
+                gradient=grad is not None,
+            )
+            for pack, members, checkpointing in zip(packs, members_of, chosen, strict=True):
+                total += self._pass(run, batch, pack, members, logprobs, grad, checkpointing)
                 rows += len(pack.tokens)
         outputs = [
             {"logprobs": p.reshape(d.loss_fn_inputs["target_tokens"].shape)}
@@ -256,6 +280,11 @@ class LearnerEngine:
         }
         return ForwardBackwardOutput(outputs, metrics)
 
+    @staticmethod
+    def _shape(batch: _Batch, pack: Pack, members: list[int]) -> PassShape:
+        rows = [pack.rows[k][batch.positions(i)] for k, i in enumerate(members)]
+        return PassShape(pack.segments, pack.paths, len(np.unique(np.concatenate(rows))))
+
     def _pass(
         self,
         run: Run,
@@ -264,6 +293,7 @@ class LearnerEngine:
         members: list[int],
         logprobs: list[np.ndarray],
         grad: Tensor | None,
+        checkpointing: bool,
     ) -> float:
         """One pack forward (and backward); returns its loss and fills in its `logprobs`."""
         device = self.backbone.device
@@ -287,7 +317,7 @@ class LearnerEngine:
                     device,
                 ),
                 [Span(0, len(pack.tokens), Adapter(run.layout, leaves))],
-                checkpointing=grad is not None and len(pack.tokens) > CHECKPOINTING_ROWS,
+                checkpointing=checkpointing,
             )
             spans = []
             if UNEMBED in leaves:
