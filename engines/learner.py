@@ -31,6 +31,7 @@ from ..primitives.types import (
 from ..primitives.validation import validate_datums
 from .backbone import Backbone
 from .lora import UNEMBED, Adapter, AdapterLayout, Span
+from .malloc import frugal
 from .memory import PassShape
 from .memory_budget import Budget
 from .optimizer import AdamState, adam_step
@@ -80,7 +81,7 @@ class LearnerEngine:
     Args:
         backbone: the frozen base model.
         max_pack_tokens: rows of one pass; bounds the memory that activations take.
-        memory_bytes: for runs and passes; None: three quarters of what is free.
+        memory_bytes: for runs and passes; None: most of what is free.
     """
 
     def __init__(
@@ -266,7 +267,8 @@ class LearnerEngine:
                 gradient=grad is not None,
             )
             for pack, members, checkpointing in zip(packs, members_of, chosen, strict=True):
-                total += self._pass(run, batch, pack, members, logprobs, grad, checkpointing)
+                with frugal(checkpointing):
+                    total += self._pass(run, batch, pack, members, logprobs, grad, checkpointing)
                 rows += len(pack.tokens)
         outputs = [
             {"logprobs": p.reshape(d.loss_fn_inputs["target_tokens"].shape)}

@@ -2,7 +2,7 @@
 
 Counted is what autograd keeps of a pass of packed rows, layer by layer as a llama or qwen decoder
 computes it with our `LoraLinear` and `TreeAttention`, and the most that is needed beside it at once.
-Kernels' own scratch space is not. `tests/engines/test_memory.py` holds it against measured peaks.
+Kernels' own scratch space is not, nor what the C library's allocator wastes. `tests/engines/test_memory.py` holds it against measured peaks.
 
 Dimension names: T packed rows, S rows of a segment, K keys it sees, N rows with a target, D hidden
 size, F the MLP's inner size, H query heads, G key/value heads, E size of a head, V vocabulary.

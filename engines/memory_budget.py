@@ -13,7 +13,9 @@ from .backbone import Backbone
 from .lora import AdapterLayout
 from .memory import MemoryModel, PassShape, state_bytes
 
-SHARE = 0.75  # of what is free: other processes have needs too
+# Of what is free. What is counted are torch's tensors: with kernels' scratch space, and holes that
+# the C library keeps, a process takes up to 1.5 times as much; and others have needs too.
+SHARE = 0.6
 # Limit, use and statistics of this process's control group (versions 2 and 1), and the name of the
 # statistic that says how much of it is files that the kernel would drop.
 CGROUP = Path("/sys/fs/cgroup")
