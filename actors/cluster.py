@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from ..engines.base_weights import BaseWeights, check_base_weights
 from ..engines.vllm_start import EngineName, VllmOptions, chosen_engine
 from ..primitives.client import ServiceClient
 from ..primitives.errors import InvalidInput, Unavailable
@@ -67,6 +68,7 @@ def connect(
     engine: EngineName = "auto",
     vllm: VllmOptions | None = None,
     learners: int = 1,
+    base_weights: BaseWeights = "auto",
     samplers: int | Replicas = 1,
     placement: Placement | None = None,
     verbose: bool = False,
@@ -88,13 +90,18 @@ def connect(
             GPU. (A cluster that runs already keeps its own.)
         vllm: how vLLM is started.
         learners: how many compute the batches of a base model's runs, each a part of them.
+        base_weights: what learners and torch samplers keep the frozen weights in: `fp32`, `bf16`,
+            quantised to `int8` or `nf4` (QLoRA), or `auto`: on a GPU bf16 for a model stored in it,
+            else fp32.
         samplers: how many a base model has: a number, or `Replicas` for as many as it takes.
         placement: what learners, samplers and environment workers reserve of the cluster
             (default: GPUs, where there are any).
         verbose: show the actors' own output.
 
     Raises:
-        Unavailable: no cluster answers at `address`, or vLLM is asked for and not installed.
+        InvalidInput: a setting is not one of its values, or two do not go together.
+        Unavailable: no cluster answers at `address`; vLLM, or a quantised base, is asked for and
+            not installed.
     """
     if address is not None and address != "auto" and not _ADDRESS.fullmatch(address):
         raise InvalidInput(
@@ -102,6 +109,7 @@ def connect(
         )
     if not isinstance(learners, int) or isinstance(learners, bool) or learners < 1:
         raise InvalidInput(f"learners must be an integer of at least 1, got {learners!r}")
+    check_base_weights(base_weights)
     options = dict(
         num_cpus=num_cpus,
         verbose=verbose,
@@ -111,7 +119,8 @@ def connect(
             kv_bytes=kv_bytes,
             run_bytes=run_bytes,
             learners=learners,
-            vllm=chosen_engine(engine, vllm),
+            vllm=chosen_engine(engine, vllm, base_weights),
+            base_weights=base_weights,
             replicas=Replicas.of(samplers),
             placement=placement,
         ),

@@ -19,6 +19,7 @@ import ray
 from ..algorithms.losses import loss_names
 from ..engines import models
 from ..engines.backbone import SUPPORTED_FAMILIES
+from ..engines.base_weights import BaseWeights
 from ..engines.vllm_coverage import Coverage
 from ..engines.vllm_start import VllmOptions
 from ..primitives.client import RunGrant, SamplerGrant
@@ -70,6 +71,7 @@ class Controller:
         placement: Placement | None = None,
         run_bytes: int | None = None,
         learners: int = 1,
+        base_weights: BaseWeights = "auto",
     ) -> None:
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
@@ -80,6 +82,7 @@ class Controller:
         self.run_bytes = run_bytes
         self.learners = learners
         self.vllm = vllm
+        self.base_weights: BaseWeights = base_weights
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
         self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
@@ -179,6 +182,7 @@ class Controller:
                     self.learner_threads,
                     self.run_bytes,
                     self.learners,
+                    self.base_weights,
                 )
             )
             handle = RayHandle(actor, "learner")
@@ -199,7 +203,7 @@ class Controller:
                     runtime_env=ENGINE_ENV,
                     **place.reservation.options(place.plan.helpers[index - 1]),
                 )
-                .remote(path, self.learner_threads)
+                .remote(path, self.home, self.learner_threads, self.base_weights)
             )
             return RayHandle(actor, "learner's helper")
 
@@ -216,6 +220,8 @@ class Controller:
                 num_threads=self.sampler_threads,
                 kv_bytes=self.kv_bytes,
                 vllm=self.vllm,
+                weights=self.base_weights,
+                copies=models.copies_folder(self.home),
             )
             actor = (
                 ray.remote(SamplerPool)

@@ -26,7 +26,10 @@ import torch
 
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
+from ..engines.base_weights import BaseWeights
 from ..engines.learner import Finished, LearnerEngine
+from ..engines.memory_budget import available_bytes
+from ..engines.models import copies_folder
 from ..engines.passes import PassRunner
 from ..primitives.errors import (
     InvalidInput,
@@ -49,7 +52,7 @@ from ..primitives.types import (
 )
 from ..primitives.validation import check_ttl
 from .storage import MANIFEST, Storage
-from .threads import engine_device, free_bytes, set_engine_threads
+from .threads import engine_device, set_engine_threads
 
 RESULTS_KEPT = 4096
 BATCHES = ("forward", "forward_backward")  # what takes passes of the engine
@@ -95,6 +98,7 @@ class Learner:
         num_threads: int | None = None,
         run_bytes: int | None = None,
         learners: int = 1,
+        weights: BaseWeights = "auto",
     ) -> None:
         self.base_model = base_model
         self.model_path = model_path
@@ -104,6 +108,8 @@ class Learner:
         self.storage = Storage(storage_root)
         self.controller = controller
         self.num_threads = num_threads
+        self.weights: BaseWeights = weights
+        self.copies = copies_folder(storage_root)
         self.logs: dict[str, RunLog] = {}
         self.batches: dict[int, RunLog] = {}  # under way, by the engine's number
         self.sampler: Handle | None = None
@@ -117,7 +123,8 @@ class Learner:
         """Load the base model.
 
         Raises:
-            InvalidInput: the model's family is not supported.
+            InvalidInput: the model's family is not supported, or it is stored quantised.
+            Unavailable: quantised weights are asked for, and their library is not installed.
         """
         self._engage_helpers()  # they load while this one does
         await self._in_engine(self._load)
@@ -129,12 +136,12 @@ class Learner:
 
     def _load(self) -> None:
         set_engine_threads(self.num_threads)
-        backbone = Backbone(self.model_path, device=engine_device())
-        free = free_bytes(backbone.device)
+        backbone = Backbone(self.model_path, self.weights, engine_device(), copies=self.copies)
+        free = available_bytes(backbone.device)
         self.engine = LearnerEngine(
             backbone,
             resident_bytes=free // 3 if self.run_bytes is None else self.run_bytes,
-            host_bytes=free_bytes(torch.device("cpu")) // 3,
+            host_bytes=available_bytes(torch.device("cpu")) // 3,
             learners=self.learners,
             folder=None if "://" in self.storage.root else Path(self.storage.root, "idle"),
         )
@@ -443,6 +450,7 @@ class Learner:
             backbone.max_context,
             backbone.vocab_size,
             run.layout.size,
+            backbone.weights,
         )
 
     def _op_save_state(self, log: RunLog, name: str, **how: Any) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from ..engines.adapter_files import read_adapter
 from ..engines.backbone import Backbone
+from ..engines.base_weights import BaseWeights
 from ..engines.sampler import SamplerEngine, default_kv_bytes
 from ..engines.vllm_start import VllmOptions
 from ..primitives.client import load_tokenizer
@@ -34,6 +36,7 @@ class Sampler(Withdrawable):
         kv_bytes: memory for keys and values (None: a quarter of what is free, at most 4 GiB; with
             vLLM on a GPU, its own share of the device).
         vllm: sample by vLLM, started so.
+        weights, copies: of the torch engine's `Backbone`.
     """
 
     def __init__(
@@ -44,10 +47,17 @@ class Sampler(Withdrawable):
         num_threads: int | None = None,
         kv_bytes: int | None = None,
         vllm: VllmOptions | None = None,
+        weights: BaseWeights = "auto",
+        copies: Path | None = None,
     ) -> None:
         super().__init__()
         self.name = name
-        self.engine = _engine(model_path, num_threads, kv_bytes, vllm)
+        if vllm is not None:
+            self.engine: Any = _vllm_engine(model_path, kv_bytes, vllm)
+        else:
+            set_engine_threads(num_threads)
+            backbone = Backbone(model_path, weights, engine_device(), copies=copies)
+            self.engine = _torch_engine(backbone, kv_bytes)
 
     async def ping(self) -> str:
         """
@@ -101,16 +111,14 @@ def _vllm_kv_bytes(asked: int | None) -> int | None:
     return asked if asked is not None or on_gpu else _host_kv_bytes()
 
 
-def _engine(
-    model_path: str, num_threads: int | None, kv_bytes: int | None, vllm: VllmOptions | None
-) -> Any:
-    tokenizer = load_tokenizer(model_path)
-    if vllm is not None:
-        from .vllm_engine import VllmEngine
+def _vllm_engine(model_path: str, kv_bytes: int | None, options: VllmOptions) -> Any:
+    from .vllm_engine import VllmEngine
 
-        return VllmEngine(model_path, tokenizer, kv_bytes=_vllm_kv_bytes(kv_bytes), options=vllm)
-    set_engine_threads(num_threads)
-    if kv_bytes is None:
-        kv_bytes = _host_kv_bytes()
-    backbone = Backbone(model_path, device=engine_device())
-    return EngineThread(SamplerEngine(backbone, tokenizer, kv_bytes=kv_bytes))
+    tokenizer = load_tokenizer(model_path)
+    return VllmEngine(model_path, tokenizer, kv_bytes=_vllm_kv_bytes(kv_bytes), options=options)
+
+
+def _torch_engine(backbone: Backbone, kv_bytes: int | None) -> Any:
+    tokenizer = load_tokenizer(backbone.path)
+    size = _host_kv_bytes() if kv_bytes is None else kv_bytes
+    return EngineThread(SamplerEngine(backbone, tokenizer, kv_bytes=size))

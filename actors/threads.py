@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import psutil
 import torch
 
 # By default OpenMP's threads spin while they wait for each other. As soon as two engines share
@@ -27,13 +26,6 @@ ENGINE_ENV = {
 def engine_device() -> str:
     """ "cuda" for an actor that was given a GPU: Ray shows it no other."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody has taken."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def set_engine_threads(num_threads: int | None) -> None:

@@ -18,6 +18,7 @@ from harness import options, report, require_vllm, say
 
 from tinsmith import AdamParams, Datum, SamplingParams, VllmOptions
 from tinsmith.engines.backbone import Backbone
+from tinsmith.engines.base_weights import BaseWeights
 from tinsmith.engines.learner import LearnerEngine
 from tinsmith.envs import ChatRenderer, make
 from tinsmith.primitives.client import load_tokenizer
@@ -75,10 +76,10 @@ async def drawn(
 
 
 def differences(
-    model: str, dtype: torch.dtype, flat: np.ndarray, samples: list[tuple[np.ndarray, np.ndarray]]
+    model: str, weights: BaseWeights, flat: np.ndarray, samples: list[tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:
     """|learner's logprob - vLLM's| of every sampled token."""
-    learner = LearnerEngine(Backbone(model, dtype))
+    learner = LearnerEngine(Backbone(model, weights))
     learner.create_run("run", CONFIG)
     learner.runs["run"].params.copy_(torch.from_numpy(flat))
     output = learner.forward("run", [_datum(tokens) for tokens, _ in samples], "cross_entropy")
@@ -98,13 +99,13 @@ async def main() -> None:
     flat = trained(chosen.model, prompts)
     single = await drawn(chosen.model, "float32", flat, prompts, max_tokens)
     half = await drawn(chosen.model, "bfloat16", flat, prompts, max_tokens)
-    off = differences(chosen.model, torch.float32, flat, single)
+    off = differences(chosen.model, "fp32", flat, single)
     surprise = -np.mean(np.concatenate([logprobs for _, logprobs in single]))
     details = {"nats_a_token": round(float(surprise), 3)}
     for name, values in (
         ("fp32", off),
-        ("bf16", differences(chosen.model, torch.float32, flat, half)),
-        ("bf16_both", differences(chosen.model, torch.bfloat16, flat, half)),
+        ("bf16", differences(chosen.model, "fp32", flat, half)),
+        ("bf16_both", differences(chosen.model, "bf16", flat, half)),
     ):
         for what, value in (
             ("mean", values.mean()),

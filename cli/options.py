@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..engines.base_weights import BaseWeights as BaseWeightsName
 from ..engines.vllm_start import EngineName
 from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.paths import default_home
@@ -38,6 +39,13 @@ Engine = Annotated[
     typer.Option(help="What samples; auto: vLLM where it is installed and there is a GPU."),
 ]
 Learners = Annotated[int, typer.Option(min=1, help="Learners that share each model's batches.")]
+BaseWeights = Annotated[
+    BaseWeightsName,
+    typer.Option(
+        help="What the frozen weights are kept in; auto: on a GPU bf16 for a model stored in it, "
+        "else fp32."
+    ),
+]
 Samplers = Annotated[int, typer.Option(min=1, help="Samplers of each base model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 RunDir = Annotated[

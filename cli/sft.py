@@ -13,7 +13,7 @@ from rich.console import Console
 from ..algorithms.fit_config import SupervisedConfig
 from ..primitives.errors import InvalidInput
 from .config import chosen_config, with_config_flags
-from .options import Address, AsJson, Home, Resume, RunDir, print_json
+from .options import Address, AsJson, BaseWeights, Home, Resume, RunDir, print_json
 
 
 @with_config_flags(SupervisedConfig, without=("data",))
@@ -33,6 +33,7 @@ def sft(
     run_dir: RunDir = None,
     resume: Resume = None,
     address: Address = None,
+    base_weights: BaseWeights = "auto",
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
@@ -49,7 +50,8 @@ def sft(
     if resume is None and not settings.data:
         raise InvalidInput("name a file of rows: tinsmith sft DATA.JSONL")
     console = Console(stderr=as_json)
-    summary = asyncio.run(_run(settings, run_dir, resume, home, address, console))
+    opened: dict[str, Any] = dict(address=address, home=home, base_weights=base_weights)
+    summary = asyncio.run(_run(settings, run_dir, resume, opened, console))
     if as_json:
         print_json(summary)
 
@@ -58,8 +60,7 @@ async def _run(
     config: SupervisedConfig,
     run_dir: Path | None,
     resume: Path | None,
-    home: Path,
-    address: str | None,
+    opened: dict[str, Any],
     console: Console,
 ) -> dict[str, Any]:
     from ..actors.cluster import connect
@@ -69,9 +70,9 @@ async def _run(
     from .fit_progress import RichFitWatcher
 
     console.print(f"model {config.model}: making it ready", highlight=False)
-    await asyncio.to_thread(resolve_model, config.model, home, console.print)
+    await asyncio.to_thread(resolve_model, config.model, opened["home"], console.print)
     started = time.monotonic()
-    async with connect(address, home=home) as service:
+    async with connect(**opened) as service:
         with RichFitWatcher(console) as watch:
             if resume is not None:
                 result = await resume_supervised(

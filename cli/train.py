@@ -16,6 +16,7 @@ from .config import chosen_config, with_config_flags
 from .options import (
     Address,
     AsJson,
+    BaseWeights,
     Engine,
     Home,
     Imports,
@@ -40,6 +41,7 @@ def train(
     address: Address = None,
     engine: Engine = "auto",
     learners: Learners = 1,
+    base_weights: BaseWeights = "auto",
     samplers: Samplers = 1,
     as_json: AsJson = False,
     **flags: Any,
@@ -58,7 +60,12 @@ def train(
         find(config.env)  # a wrong name is better told now than when the model is loaded
     console = Console(stderr=as_json)
     opened: dict[str, Any] = dict(
-        address=address, home=home, engine=engine, learners=learners, samplers=samplers
+        address=address,
+        home=home,
+        engine=engine,
+        base_weights=base_weights,
+        learners=learners,
+        samplers=samplers,
     )
     summary = asyncio.run(_run(config, run_dir, resume, opened, console))
     if as_json:

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..primitives.errors import InvalidInput
 from ..primitives.types import LoraConfig
+from .base_weights import QUANTIZED, BaseWeights, check_base_weights, resolved
 from .lora import (
     ATTN_TARGETS,
     MLP_TARGETS,
@@ -33,10 +34,13 @@ from .lora import (
     LoraLinear,
     Span,
 )
+from .model_folder import NAMES, mappable, stored_dtypes
+from .quantized import pack
 
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """`(layer, q [H, T, E], k [G, T, E], v [G, T, E], scale) -> [T, H, E]`."""
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
@@ -65,22 +69,56 @@ def targets_of_folder(path: str | Path) -> dict[str, tuple[int, int]]:
         return adapter_targets(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
 
 
-class Backbone:
-    """A frozen base model. Not thread-safe: one pass at a time."""
+def _stored(path: str | Path, config: Any) -> str:
+    """The dtype that most of a model's tensors are stored in, as safetensors calls it."""
+    try:
+        return stored_dtypes(Path(path)).most_common(1)[0][0]
+    except InvalidInput:  # weights in another format
+        return NAMES.get(config.dtype, "F32")
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+
+class Backbone:
+    """A frozen base model. Not thread-safe: one pass at a time.
+
+    Args:
+        weights: what they are kept in.
+        copies: a folder for weights converted to it, which the processes of a machine then share
+            (None: each converts them for itself).
+
+    Attributes:
+        weights: as chosen, never "auto".
+        dtype: what is computed in, float32 or bfloat16.
+
+    Raises:
+        InvalidInput: the model's family is not supported, or it is stored quantised.
+        Unavailable: quantised weights are asked for, and the library for them is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        weights: BaseWeights = "auto",
+        device: str = "cpu",
+        *,
+        copies: Path | None = None,
+    ) -> None:
+        check_base_weights(weights)
         config = AutoConfig.from_pretrained(path)
         if config.model_type not in SUPPORTED_FAMILIES:
             raise InvalidInput(
                 f"base model {str(path)!r} is of family {config.model_type!r}; "
                 f"supported here: {', '.join(SUPPORTED_FAMILIES)}"
             )
+        if getattr(config, "quantization_config", None) is not None:
+            raise InvalidInput(
+                f"base model {str(path)!r} is stored quantised; give the one it was made from, and "
+                "base_weights to quantise it"
+            )
         self.path = str(path)
         self.device = torch.device(device)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="tinsmith"
-        )
-        self.model: nn.Module = model.to(self.device)
+        self.weights, computing = resolved(weights, _stored(path, config), self.device.type)
+        self.dtype = DTYPES[computing]
+        self.model: nn.Module = self._load(copies)
         self.model.eval().requires_grad_(False)
         self.layers: list[Any] = [
             m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)
@@ -89,7 +127,6 @@ class Backbone:
             layer.gradient_checkpointing = True  # takes effect while layer.training is set
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self.config = config
-        self.dtype = dtype
         self.num_layers: int = config.num_hidden_layers
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
@@ -104,7 +141,26 @@ class Backbone:
         for name in self.targets:
             parent, _, leaf = name.rpartition(".")
             linear: Any = self.model.get_submodule(name)
-            setattr(self.model.get_submodule(parent), leaf, LoraLinear(linear, name, self.lora))
+            # The output matrix stays as it is: it is often the embedding too.
+            quantized = self.weights in QUANTIZED and name != UNEMBED
+            weight = linear.weight.detach()
+            packed = pack(weight.to(self.device, self.dtype), self.weights) if quantized else None
+            layer = LoraLinear(linear, name, self.lora, packed)
+            setattr(self.model.get_submodule(parent), leaf, layer)
+        if self.weights in QUANTIZED:
+            for parameter in self.model.parameters():
+                # A copy: a view would keep all of the file's pages mapped.
+                parameter.data = parameter.data.to(self.device, self.dtype, copy=True)
+        self.model.to(self.device)
+
+    def _load(self, copies: Path | None) -> nn.Module:
+        """The model's own modules: weights to be quantised as they are stored, others in `dtype`."""
+        path, dtype = Path(self.path), self.dtype if self.weights not in QUANTIZED else "auto"
+        if copies is not None and self.device.type == "cpu" and self.weights not in QUANTIZED:
+            path = mappable(path, self.dtype, copies)
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="tinsmith"
+        )
 
     def layout(self, config: LoraConfig) -> AdapterLayout:
         """Where an adapter of this model under `config` keeps its parameters."""

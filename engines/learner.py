@@ -31,11 +31,10 @@ from ..primitives.types import (
 from .backbone import Backbone
 from .batch import Batch, Unit
 from .fair_queue import FairQueue
+from .memory_budget import Budget
 from .optimizer import AdamState, Due, adam_steps
-from .passes import Outcome, PassRunner, Result, Work, run_pass
+from .passes import Outcome, PassRunner, Result, Work, pass_shape, run_pass
 from .run_store import Run, RunStore
-
-CHECKPOINTING_ROWS = 4096
 
 
 @dataclass(eq=False)
@@ -97,13 +96,19 @@ class _Part:
         return Work(self.unit, run.layout, run.params, loss, config, task.backward)
 
 
+def _failure(task: _Task, error: Exception) -> TinsmithError:
+    if isinstance(error, TinsmithError):
+        return error
+    failure = TinsmithError(
+        f"{task.loss_fn!r} on this batch failed: {type(error).__name__}: {error}"
+    )
+    failure.__cause__ = error
+    return failure
+
+
 def _finite(values: Tensor) -> bool:
     """Without a copy: the largest magnitude of all."""
     return bool(torch.linalg.vector_norm(values, float("inf")).isfinite())
-
-
-def _checkpoint(parts: Sequence[_Part]) -> bool:
-    return parts[0].task.backward and sum(part.rows for part in parts) > CHECKPOINTING_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +126,7 @@ class LearnerEngine:
     Args:
         backbone: the frozen base model.
         max_pack_tokens: rows of one pass; bounds the memory that activations take.
+        memory_bytes: for runs and passes; None: most of what is free.
         learners: with how many others' help, itself included, batches are to be computed.
         runs: options of the `RunStore`.
 
@@ -129,13 +135,20 @@ class LearnerEngine:
     """
 
     def __init__(
-        self, backbone: Backbone, *, max_pack_tokens: int = 2048, learners: int = 1, **runs: Any
+        self,
+        backbone: Backbone,
+        *,
+        max_pack_tokens: int = 2048,
+        memory_bytes: int | None = None,
+        learners: int = 1,
+        **runs: Any,
     ) -> None:
         self.backbone = backbone
+        self.budget = Budget(backbone, memory_bytes)
         self.max_pack_tokens = max_pack_tokens
         self.learners = learners
         self.helpers: dict[int, PassRunner] = {}
-        self.runs = RunStore(backbone.device, **runs)
+        self.runs = RunStore(backbone.device, **{"resident_bytes": memory_bytes, **runs})
         self.queue = FairQueue()
         self._numbers = itertools.count()
         self._tasks: dict[str, deque[_Task]] = {}  # by run; never empty
@@ -221,6 +234,8 @@ class LearnerEngine:
             InvalidInput: a bad datum or config, or a gradient that is not finite; the
                 accumulated gradient is unchanged.
             NotFound: no such loss or run.
+            OutOfCapacity: a pass would not fit into memory, even with activation checkpointing;
+                nothing was computed.
         """
         return self._alone(run_id, data, loss_fn, loss_fn_config, logprobs, backward=True)
 
@@ -262,13 +277,18 @@ class LearnerEngine:
         Raises:
             InvalidInput: a bad datum or config.
             NotFound: no such loss or run.
+            OutOfCapacity: a pass would not fit into memory, even with activation checkpointing.
         """
         started = time.perf_counter()
-        if run_id not in self.runs:
-            raise NotFound(f"run {run_id!r} is not in this learner's memory")
+        layout = self.runs.layout(run_id)
         with record_function("pack"):
             batch = Batch(self.backbone, data, loss_fn, loss_fn_config, logprobs)
             units = deque(batch.units(self.max_pack_tokens, self.learners))
+        self.budget.checkpointing(
+            [(pass_shape([unit]), [layout]) for unit in units],
+            self.runs.resident(),
+            gradient=backward,
+        )
         packed = time.perf_counter()
         task = _Task(
             next(self._numbers),
@@ -346,7 +366,7 @@ class LearnerEngine:
         """The first here, the others by helpers meanwhile; what a helper fails at is done here."""
         began, cpu = time.perf_counter(), torch.device("cpu")
         helped = {
-            name: (parts, helper([part.work.to(cpu) for part in parts], _checkpoint(parts)))
+            name: (parts, helper([part.work.to(cpu) for part in parts]))
             for parts, (name, helper) in zip(passes[1:], self.helpers.items(), strict=False)
         }
         for parts in passes[:1]:
@@ -366,21 +386,31 @@ class LearnerEngine:
         if not parts:
             return
         try:
-            works = [part.work for part in parts]
-            outcome = run_pass(self.backbone, works, _checkpoint(parts))
+            outcome = run_pass(
+                self.backbone, [part.work for part in parts], self._checkpointing(parts)
+            )
         except Exception as error:
-            # One of them is to blame: each by itself.
+            # One of them is to blame, or they are too large together: each by itself.
             for part in parts if len(parts) > 1 else []:
                 self._run_here([part], began)
             if len(parts) == 1:
-                task = parts[0].task
-                failure = TinsmithError(
-                    f"{task.loss_fn!r} on this batch failed: {type(error).__name__}: {error}"
-                )
-                failure.__cause__ = error
-                self._close(task, failure)
+                self._close(parts[0].task, _failure(parts[0].task, error))
         else:
             self._take_all(parts, outcome, began)
+
+    def _checkpointing(self, parts: Sequence[_Part]) -> bool:
+        """
+        Raises:
+            OutOfCapacity: the pass does not fit into memory; if of several parts, not without
+                computing anything twice.
+        """
+        shape, layouts = pass_shape([p.unit for p in parts]), [p.run.layout for p in parts]
+        (wanted,) = self.budget.checkpointing(
+            [(shape, layouts)], self.runs.resident(), gradient=parts[0].task.backward
+        )
+        if wanted and len(parts) > 1:
+            raise OutOfCapacity(f"a pass of {shape.rows} rows would have to be checkpointed")
+        return wanted
 
     def _take_all(self, parts: Sequence[_Part], outcome: Outcome, began: float) -> None:
         rows = sum(part.rows for part in parts)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..primitives.types import LoraConfig
+from .quantized import PackedWeight
 
 ATTN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
@@ -124,8 +125,8 @@ class LoraContext:
         self.spans: Sequence[Span] = ()
 
 
-def _forward(x_TI, weight_OI, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
-    y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+def _forward(x_TI, weight, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
+    y_TO = torch.nn.functional.linear(x_TI, weight(), bias_O)
     projected = []
     for (start, stop, scale), a_RI, b_OR in zip(spans, factors[::2], factors[1::2], strict=True):
         xa_SR = x_TI[start:stop] @ a_RI.to(x_TI.dtype).T
@@ -139,22 +140,23 @@ def _without_gradient(*args: Any) -> Tensor:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`y = x W' + scale x A' B'` by spans; the frozen base saves nothing of its own."""
+    """`y = x W' + scale x A' B'` by spans; the frozen base saves nothing of its own, and is asked
+    for its weight again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x_TI, weight_OI, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
-        y_TO, projected = _forward(x_TI, weight_OI, bias_O, spans, *factors)
-        ctx.spans = spans
-        ctx.save_for_backward(x_TI, weight_OI, *factors, *projected)
+    def forward(ctx, x_TI, weight, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
+        y_TO, projected = _forward(x_TI, weight, bias_O, spans, *factors)
+        ctx.weight, ctx.spans = weight, spans
+        ctx.save_for_backward(x_TI if spans else None, *factors, *projected)
         return y_TO
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         (dy_TO,) = grads
-        x_TI, weight_OI, *rest = ctx.saved_tensors
+        x_TI, *rest = ctx.saved_tensors
         count = len(ctx.spans)
         factors, projected = rest[: 2 * count], rest[2 * count :]
-        dx_TI = dy_TO @ weight_OI if ctx.needs_input_grad[0] else None
+        dx_TI = dy_TO @ ctx.weight() if ctx.needs_input_grad[0] else None
         out: list[Tensor | None] = []
         for (start, stop, scale), a_RI, b_OR, xa_SR in zip(
             ctx.spans, factors[::2], factors[1::2], projected, strict=True
@@ -169,13 +171,31 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer plus the adapters of the pass under way."""
+    """A frozen linear layer plus the adapters of the pass under way.
 
-    def __init__(self, base: nn.Linear, name: str, context: LoraContext) -> None:
+    Args:
+        packed: the layer's weight in fewer bits, which then takes its place.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        name: str,
+        context: LoraContext,
+        packed: PackedWeight | None = None,
+    ) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = None if packed else base.weight
+        self.packed, self.bias = packed, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         self.name, self.context = name, context
+
+    def dense(self) -> Tensor:
+        """The frozen weight `[O, I]`, in the dtype that the model computes in."""
+        if self.packed is not None:
+            return self.packed.dense()
+        assert self.weight is not None
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         spans: list[tuple[int, int, float]] = []
@@ -185,9 +205,7 @@ class LoraLinear(nn.Module):
             if weights is not None:
                 spans.append((span.start, span.stop, span.adapter.layout.scale))
                 factors.extend(weights)
-        if not spans:
-            return torch.nn.functional.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
         apply = _LoraLinear.apply if torch.is_grad_enabled() else _without_gradient
-        y = apply(flat, self.weight, self.bias, spans, *factors)
+        y = apply(flat, self.dense, self.bias, spans, *factors)
         return y.view(*x.shape[:-1], self.out_features)

@@ -6,7 +6,6 @@ One file of weights is in memory at a time, so that a model larger than memory c
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,11 +16,9 @@ from transformers import AutoConfig, GenerationConfig
 from ..primitives.errors import InvalidInput
 from .adapter_files import read_factors
 from .lora import UNEMBED
+from .model_folder import INDEX, copy_others, shards, write_json
 
 EMBED = "model.embed_tokens"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What makes up a model folder besides its weights: configs, tokenizer, chat template.
-OTHER_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
 def merge_adapter(
@@ -50,7 +47,7 @@ def merge_adapter(
         config["tie_word_embeddings"] = False
     total, size = len(factors), 0
     where: dict[str, str] = {}
-    for shard in _shards(base):
+    for shard in shards(base):
         tensors = safetensors.torch.load_file(base / shard)
         if untie:
             tensors.pop(f"{UNEMBED}.weight", None)  # stored all the same, and never read
@@ -66,22 +63,14 @@ def merge_adapter(
         size += sum(tensor.nbytes for tensor in tensors.values())
     if factors:
         raise InvalidInput(f"the adapter trains {min(factors)}, which {base} does not have")
-    _copy_others(base, folder)
-    _write_json(folder / "config.json", config)
+    copy_others(base, folder)
+    write_json(folder / "config.json", config)
     if len(set(where.values())) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
     if not (folder / "generation_config.json").exists():
         GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder)).save_pretrained(
             folder
         )
-
-
-def _shards(base: Path) -> list[str]:
-    if (base / INDEX).exists():
-        return sorted(set(json.loads((base / INDEX).read_text())["weight_map"].values()))
-    if (base / WEIGHTS).exists():
-        return [WEIGHTS]
-    raise InvalidInput(f"{base} has no {WEIGHTS}: only models in safetensors can be merged into")
 
 
 def _merged(name: str, weight_OI: Tensor, scale: float, a_RI: Tensor, b_OR: Tensor) -> Tensor:
@@ -91,13 +80,3 @@ def _merged(name: str, weight_OI: Tensor, scale: float, a_RI: Tensor, b_OR: Tens
             f"the model's is {tuple(weight_OI.shape)}"
         )
     return weight_OI.float().addmm(b_OR.float(), a_RI.float(), alpha=scale).to(weight_OI.dtype)
-
-
-def _copy_others(base: Path, folder: Path) -> None:
-    for file in base.iterdir():
-        if file.is_file() and file.suffix in OTHER_SUFFIXES and file.name != INDEX:
-            shutil.copyfile(file, folder / file.name)
-
-
-def _write_json(file: Path, value: object) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n")

@@ -60,6 +60,11 @@ def model_facts(path: str | Path) -> ModelFacts:
         ) from None
 
 
+def copies_folder(home: str | Path) -> Path:
+    """Where weights are kept in another dtype than a model is stored in."""
+    return Path(home) / "models" / ".converted"
+
+
 def local_models(home: str | Path) -> list[tuple[str, ModelFacts]]:
     """The models in the models folder that can be read, by name."""
     found = []

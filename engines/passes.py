@@ -25,6 +25,9 @@ from ..primitives.errors import InvalidInput
 from .backbone import Backbone
 from .batch import Unit
 from .lora import UNEMBED, Adapter, AdapterLayout, Span
+from .malloc import frugal
+from .memory import PassShape
+from .packing import Pack
 from .target_logprobs import UnembedSpan, target_logprobs
 from .tree_attention import TreeAttention
 
@@ -73,12 +76,17 @@ class Outcome:
         return replace(self, results=moved)
 
 
-PassRunner = Callable[[Sequence[Work], bool], "Future[Outcome]"]
-"""Computes a pass elsewhere: `(works, checkpointing)`, all on the CPU, as the outcome is."""
+PassRunner = Callable[[Sequence[Work]], "Future[Outcome]"]
+"""Computes a pass elsewhere; works and outcome are on the CPU."""
 
 
 def run_pass(backbone: Backbone, works: Sequence[Work], checkpointing: bool = False) -> Outcome:
     """Compute all `works` (either all `backward` or none) in one pass."""
+    with frugal(checkpointing):
+        return _run_pass(backbone, works, checkpointing)
+
+
+def _run_pass(backbone: Backbone, works: Sequence[Work], checkpointing: bool) -> Outcome:
     started = time.perf_counter()
     device, backward = backbone.device, works[0].backward
     leaves = [_leaves(work) for work in works]
@@ -108,6 +116,22 @@ def run_pass(backbone: Backbone, works: Sequence[Work], checkpointing: bool = Fa
     return Outcome(results, forwarded - started, time.perf_counter() - forwarded)
 
 
+def pass_shape(units: Sequence[Unit]) -> PassShape:
+    """For the memory that a pass of these takes."""
+    return PassShape(*_forest([u.pack for u in units]), sum(len(u.rows) for u in units))
+
+
+def _forest(packs: Sequence[Pack]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Segments and paths of all packs as those of one."""
+    segments: list[int] = []
+    paths: list[tuple[int, ...]] = []
+    for pack in packs:
+        first = len(segments)
+        segments += pack.segments
+        paths += [tuple(first + i for i in path) for path in pack.paths]
+    return segments, paths
+
+
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -130,12 +154,7 @@ def _hidden(
 ) -> Tensor:
     packs = [work.unit.pack for work in works]
     tokens, positions = [p.tokens for p in packs], [p.positions for p in packs]
-    segments: list[int] = []
-    paths: list[tuple[int, ...]] = []
-    for pack in packs:
-        first = len(segments)
-        segments += pack.segments
-        paths += [tuple(first + i for i in path) for path in pack.paths]
+    segments, paths = _forest(packs)
     missing = MIN_ROWS - bounds[-1]
     if missing > 0:
         tokens.append(np.zeros(missing, np.int64))

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..primitives.errors import NotFound, OutOfCapacity
 from ..primitives.types import LoraConfig
 from .lora import AdapterLayout
+from .memory import state_bytes
 from .optimizer import AdamState
 
 
@@ -56,11 +57,6 @@ class Run:
         self.adam.exp_avg, self.adam.exp_avg_sq = tensors["exp_avg"], tensors["exp_avg_sq"]
 
 
-def state_bytes(layout: AdapterLayout) -> int:
-    """What a run takes: parameters, gradient and two moments in float32."""
-    return 4 * 4 * layout.size
-
-
 @dataclass(eq=False)
 class _Place:
     """Where a run's tensors are."""
@@ -72,7 +68,7 @@ class _Place:
 
     @property
     def nbytes(self) -> int:
-        return state_bytes(self.run.layout)
+        return state_bytes([self.run.layout])
 
 
 class RunStore:
@@ -111,14 +107,30 @@ class RunStore:
             NotFound: no such run.
             OutOfCapacity: no room can be made for it.
         """
-        place = self._places.get(run_id)
-        if place is None:
-            raise NotFound(f"run {run_id!r} is not in this learner's memory")
+        place = self._place(run_id)
         if place.kind != "device":
             self._make_room(place.nbytes, "device", run_id)
             self._bring_back(place)
         self._places.move_to_end(run_id)
         return place.run
+
+    def _place(self, run_id: str) -> _Place:
+        place = self._places.get(run_id)
+        if place is None:
+            raise NotFound(f"run {run_id!r} is not in this learner's memory")
+        return place
+
+    def layout(self, run_id: str) -> AdapterLayout:
+        """Of a run wherever it is.
+
+        Raises:
+            NotFound: no such run.
+        """
+        return self._place(run_id).run.layout
+
+    def resident(self) -> list[AdapterLayout]:
+        """Of the runs that are in the device's memory."""
+        return [place.run.layout for place in self._places.values() if place.kind == "device"]
 
     def create(self, run_id: str, config: LoraConfig, layout: AdapterLayout) -> Run:
         """
@@ -126,7 +138,7 @@ class RunStore:
             OutOfCapacity: the run is larger than all the room there is.
         """
         self.drop(run_id)
-        self._make_room(state_bytes(layout), "device", run_id)
+        self._make_room(state_bytes([layout]), "device", run_id)
         run = Run.start(config, layout, layout.initial().to(self.device))
         self._places[run_id] = _Place(run)
         return run

@@ -130,7 +130,9 @@ class StepAttention:
         self.own_rows = self.cache.block_rows(padded)
         own_lengths = np.array(lengths) - size * np.array(covered)
         hidden = np.arange(width * size)[None] >= own_lengths[:, None]
-        bias = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), -torch.inf)
+        bias = torch.zeros(hidden.shape, dtype=self.cache.keys[0].dtype).masked_fill_(
+            torch.from_numpy(hidden), -torch.inf
+        )
         # [G B, 1, L], added to the scores of what is each sequence's own.
         self.own_bias = bias[:, None].repeat(self.cache.num_kv_heads, 1, 1).to(device)
         self.shared_width = size * max(covered)

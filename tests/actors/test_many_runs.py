@@ -17,7 +17,7 @@ from tests.data import text_datum
 from tinsmith.actors.learner import Learner
 from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
-from tinsmith.engines.run_store import state_bytes
+from tinsmith.engines.memory import state_bytes
 from tinsmith.primitives.types import AdamParams, LoraConfig
 
 LORA = LoraConfig(rank=4, seed=1)
@@ -26,7 +26,7 @@ RUNS = [f"run-{i}" for i in range(4)]
 
 async def started(path, folder, run_bytes=None) -> Learner:
     """The actor's class, in this process; it needs a controller only to publish and to save."""
-    learner = Learner("tiny", path, str(folder), None, THREADS, run_bytes)
+    learner = Learner("tiny", path, str(folder), None, THREADS, run_bytes=run_bytes)
     await learner.start()
     for run_id in RUNS:
         await learner.open_run(run_id, LORA, None, False)
@@ -50,7 +50,7 @@ async def train(learner: Learner, run_id: str, steps: int) -> list[dict[str, flo
 
 async def test_idle_runs_wait_on_disk_and_lose_nothing(tiny_llama, tmp_path):
     roomy = await started(tiny_llama, tmp_path / "roomy")
-    size = state_bytes(roomy.engine.backbone.layout(LORA))
+    size = state_bytes([roomy.engine.backbone.layout(LORA)])
     tight = await started(tiny_llama, tmp_path / "tight", run_bytes=2 * size)
     for learner in (roomy, tight):
         metrics = await asyncio.gather(*(train(learner, run_id, 3) for run_id in RUNS))

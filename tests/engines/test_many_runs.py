@@ -24,8 +24,8 @@ from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.batch import Batch
 from tinsmith.engines.fair_queue import FairQueue
 from tinsmith.engines.learner import LearnerEngine
+from tinsmith.engines.memory import state_bytes
 from tinsmith.engines.passes import run_pass
-from tinsmith.engines.run_store import state_bytes
 from tinsmith.primitives.types import AdamParams, Datum, LoraConfig
 
 ADAM = AdamParams(1e-2, 0.9, 0.95, 1e-3, 0.1, 1.0)
@@ -326,7 +326,7 @@ def train(engine: LearnerEngine, run_ids: list[str], steps: int) -> None:
 
 def test_runs_set_aside_come_back_exactly(llama, tmp_path):
     lora, run_ids = LoraConfig(rank=4, seed=1), [f"run-{i}" for i in range(5)]
-    size = state_bytes(llama.layout(lora))
+    size = state_bytes([llama.layout(lora)])
     folder = tmp_path / "aside"
     roomy, tight = (
         LearnerEngine(llama),
@@ -346,7 +346,7 @@ def test_runs_set_aside_come_back_exactly(llama, tmp_path):
 
 def test_a_pass_takes_only_runs_that_fit_together(llama, tmp_path):
     lora = LoraConfig(rank=4, seed=1)
-    size = state_bytes(llama.layout(lora))
+    size = state_bytes([llama.layout(lora)])
     engine = LearnerEngine(llama, resident_bytes=2 * size, folder=tmp_path)
     for i in range(5):
         engine.create_run(f"run-{i}", lora)
@@ -357,7 +357,7 @@ def test_a_pass_takes_only_runs_that_fit_together(llama, tmp_path):
 
 
 def test_what_cannot_fit_is_refused_with_what_it_needs(llama, tmp_path):
-    size = state_bytes(llama.layout(LoraConfig(rank=4)))
+    size = state_bytes([llama.layout(LoraConfig(rank=4))])
     engine = LearnerEngine(llama, resident_bytes=size, folder=tmp_path / "file")
     engine.create_run("a", LoraConfig(rank=4))
     with pytest.raises(tinsmith.OutOfCapacity, match=f"needs {2 * size:,} bytes.*has {size:,}"):
@@ -380,7 +380,7 @@ class Elsewhere:
         self.thread = ThreadPoolExecutor(1)
         self.passes = 0
 
-    def __call__(self, works, checkpointing):
+    def __call__(self, works):
         def compute():
             # As between processes: nothing is shared.
             sent = pickle.loads(cloudpickle.dumps(works))
@@ -388,7 +388,7 @@ class Elsewhere:
                 raise tinsmith.Unavailable("it was killed")
             self.left -= 1
             self.passes += 1
-            return run_pass(self.backbone, sent, checkpointing)
+            return run_pass(self.backbone, sent)
 
         return self.thread.submit(compute)
 

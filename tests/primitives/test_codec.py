@@ -76,7 +76,7 @@ EXAMPLES = [
     ServerCapabilities([SupportedModel("m", 512)], ["ppo"]),
     TrainingRun("run", "m", LORA, 1.5, 2.5, {"k": [1, {"x": None}]}),
     Checkpoint("tinker://run/weights/a", "run", "weights", "a", 3, 1.5, 100, {"loop": {"step": 3}}),
-    TrainingInfo("run", "m", "/m", LORA, 3, 512, 336, 1000),
+    TrainingInfo("run", "m", "/m", LORA, 3, 512, 336, 1000, "nf4"),
     SEGMENT,
     TRAJECTORY,
     Group(4, 2, [TRAJECTORY], ["it broke"]),

@@ -1,0 +1,178 @@
+"""How many bytes training takes, before it takes them.
+
+Counted is what autograd keeps of a pass of packed rows, layer by layer as a llama or qwen decoder
+computes it with our `LoraLinear` and `TreeAttention`, and the most that is needed beside it at once.
+Kernels' own scratch space is not, nor what the C library's allocator wastes. `tests/engines/test_memory.py` holds it against measured peaks.
+
+Dimension names: T packed rows, S rows of a segment, K keys it sees, N rows with a target, D hidden
+size, F the MLP's inner size, H query heads, G key/value heads, E size of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .backbone import DTYPES, Backbone
+from .base_weights import QUANTIZED, BaseWeights
+from .lora import UNEMBED, AdapterLayout
+from .target_logprobs import CHUNK_ROWS
+
+FLOAT = 4  # bytes; adapters, gradients, moments, norms and logprobs are float32 in any case
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """What a pass computes.
+
+    Attributes:
+        segments, paths: as `packing.Pack` has them.
+        targets: rows whose logprobs are wanted.
+    """
+
+    segments: Sequence[int]
+    paths: Sequence[tuple[int, ...]]
+    targets: int
+
+    @property
+    def rows(self) -> int:
+        return sum(self.segments)
+
+    @property
+    def seen(self) -> list[int]:
+        """Keys that each segment below others sees; 0 for one that stands alone, which has no mask."""
+        return [
+            length + sum(self.segments[i] for i in path) if path else 0
+            for length, path in zip(self.segments, self.paths, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes of a model's training.
+
+    Args:
+        config: of transformers.
+        item: bytes of a number of what is computed in (4 in float32, 2 in bfloat16).
+        scratch: bytes that a packed weight takes when it is unpacked.
+    """
+
+    config: Any
+    item: int
+    scratch: int = 0
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> MemoryModel:
+        sizes = [math.prod(shape) for shape in backbone.targets.values()]
+        scratch = backbone.dtype.itemsize * max(sizes) if backbone.weights in QUANTIZED else 0
+        return cls(backbone.config, backbone.dtype.itemsize, scratch)
+
+    def pass_(
+        self, shape: PassShape, layouts: Sequence[AdapterLayout], *, checkpointing: bool
+    ) -> int:
+        """Of a forward and backward pass at its peak; the state of its runs, whose `layouts` are
+        given, is not included."""
+        c, layers = self.config, self.config.num_hidden_layers
+        gradient = FLOAT * sum(layout.size for layout in layouts)
+        end = self._final(shape) + self._logits(shape, layouts)
+        if not checkpointing:
+            peak = layers * self._layer(shape, layouts) + max(end, self._inner(shape))
+            return max(peak, 2 * gradient) + self._all_along(shape)
+        stream = self.item * c.hidden_size * shape.rows  # a layer's input, or its output's gradient
+        inside = self._layer(shape, layouts) + self._inner(shape) + stream
+        # The gradient is nearly whole when the first layer is computed again. At the end it is there
+        # twice: by factors, and as one buffer.
+        peak = layers * stream + max(end, inside) + gradient
+        return max(peak, 2 * gradient) + self._all_along(shape)
+
+    def forward(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
+        """Of a pass without gradient at its peak: in a layer's MLP, where queries are rotated, or
+        after the last layer."""
+        c = self.config
+        q, kv = self._heads()
+        widest = 2 * c.hidden_size + max(3 * c.intermediate_size, 5 * q + 2 * kv)
+        inside = self.item * (widest * shape.rows + max(self._copies(shape)))
+        end = self._final(shape) + self._logits(shape, layouts)
+        return max(inside, end) + self._all_along(shape)
+
+    def _layer(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
+        """What autograd keeps of one decoder layer."""
+        c, item = self.config, self.item
+        q, kv = self._heads()
+        row = 2 * FLOAT * (c.hidden_size + 1)  # what goes into the norms, and its scale
+        # What comes out of them; queries, keys, values; the attention's output, as it comes and in
+        # the order of rows; the MLP's gate, its activation, up and their product.
+        row += item * (2 * c.hidden_size + q + 2 * kv + 2 * q + 4 * c.intermediate_size)
+        row += FLOAT * c.num_attention_heads
+        if c.model_type == "qwen3":  # which norms queries and keys too
+            row += FLOAT * (q + kv + c.num_attention_heads + c.num_key_value_heads)
+        row += item * max(map(self._ranks, layouts))
+        return row * shape.rows + item * sum(self._copies(shape))
+
+    def _copies(self, shape: PassShape) -> list[int]:
+        """Numbers that the attention of each segment below others copies: its queries, the keys and
+        values it sees, and its mask."""
+        q, kv = self._heads()
+        return [
+            (q + q // kv * keys) * length + 2 * kv * keys if keys else 0
+            for length, keys in zip(shape.segments, shape.seen, strict=True)
+        ]
+
+    def _heads(self) -> tuple[int, int]:
+        """Numbers of a row's queries, and of its keys."""
+        c = self.config
+        return c.num_attention_heads * _head_size(c), c.num_key_value_heads * _head_size(c)
+
+    def _ranks(self, layout: AdapterLayout) -> int:
+        """Numbers `x A'` of a row in one layer."""
+        inside = sum(name != UNEMBED for name in layout.targets)
+        return layout.config.rank * inside // self.config.num_hidden_layers
+
+    def _all_along(self, shape: PassShape) -> int:
+        """Rotary positions, masks, and what a packed weight is unpacked to."""
+        q, kv = self._heads()
+        masks = sum(
+            q // kv * length * keys for length, keys in zip(shape.segments, shape.seen, strict=True)
+        )
+        return masks + 2 * self.item * _head_size(self.config) * shape.rows + self.scratch
+
+    def _final(self, shape: PassShape) -> int:
+        """The final norm's input and output; rows with a target, and what is kept of their logits."""
+        size = self.config.hidden_size
+        return (FLOAT + self.item) * size * shape.rows + 2 * self.item * size * shape.targets
+
+    def _inner(self, shape: PassShape) -> int:
+        """Gradients of the MLP's inner activations, of which two are there at once."""
+        return 2 * self.item * self.config.intermediate_size * shape.rows
+
+    def _logits(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
+        """A chunk of them, and gradients of the rows' hidden states."""
+        chunk = min(shape.targets, CHUNK_ROWS) * self.config.vocab_size
+        if self.item != FLOAT:  # sums, and a trained unembedding's gradient, are float32
+            chunk *= 3 + 2 * any(UNEMBED in layout.targets for layout in layouts)
+        return self.item * (chunk + self.config.hidden_size * shape.targets)
+
+
+def state_bytes(layouts: Iterable[AdapterLayout]) -> int:
+    """Of runs' states: parameters, gradient and Adam's two moments."""
+    return sum(4 * FLOAT * layout.size for layout in layouts)
+
+
+def weights_bytes(path: str | Path, weights: BaseWeights) -> int:
+    """Of a model folder's base weights kept in `weights` ("fp32" or "bf16"), a matrix that is both
+    embedding and output counted once."""
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    return numbers * DTYPES[weights].itemsize
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
