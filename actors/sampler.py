@@ -110,7 +110,8 @@ def _engine(
 
         return VllmEngine(model_path, tokenizer, kv_bytes=_vllm_kv_bytes(kv_bytes), options=vllm)
     set_engine_threads(num_threads)
+    backbone = Backbone(model_path, device=engine_device())
+    backbone.pack()  # before the free memory is counted
     if kv_bytes is None:
         kv_bytes = _host_kv_bytes()
-    backbone = Backbone(model_path, device=engine_device())
     return EngineThread(SamplerEngine(backbone, tokenizer, kv_bytes=kv_bytes))

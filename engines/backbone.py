@@ -3,7 +3,8 @@
 The model's own code computes embeddings, norms, rotary positions and projections; what Tinsmith
 replaces is the attention function (through transformers' `AttentionInterface`, so that a pass may
 be a packed forest of prefixes or a step of a paged decoder) and the linear layers (by
-`LoraLinear`). Any family that follows transformers' conventions therefore works unchanged.
+`LoraLinear`). Any family that follows transformers' conventions therefore works unchanged. A
+sampler on a CPU runs layers of its own instead (`packed_decoder.py`).
 
 Dimension names: T packed tokens, D hidden size, V vocabulary, H query heads, G key/value heads,
 E size of a head.
@@ -11,11 +12,12 @@ E size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,9 +35,7 @@ from .lora import (
     LoraLinear,
     Span,
 )
-
-Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""`(layer, q [H, T, E], k [G, T, E], v [G, T, E], scale) -> [T, H, E]`."""
+from .packed_decoder import Attention, PackedDecoder, can_pack
 
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -100,11 +100,23 @@ class Backbone:
         self.vocab_size: int = config.vocab_size
         self.max_context: int = config.max_position_embeddings
         self.lora = LoraContext()
+        self.packed: PackedDecoder | None = None
         self.targets = adapter_targets(self.model)
         for name in self.targets:
             parent, _, leaf = name.rpartition(".")
             linear: Any = self.model.get_submodule(name)
             setattr(self.model.get_submodule(parent), leaf, LoraLinear(linear, name, self.lora))
+
+    def pack(self) -> None:
+        """Make passes without gradient quick on a CPU, for the price of as much memory again as
+        the weights take (which are mapped from their file, and shared with other processes).
+        Changes nothing where oneDNN can't do it, or the copy would take half of the free memory.
+        """
+        if self.packed is not None or not can_pack(self.unembedding):
+            return
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if 2 * size < psutil.virtual_memory().available:
+            self.packed = PackedDecoder(self.model)
 
     def layout(self, config: LoraConfig) -> AdapterLayout:
         """Where an adapter of this model under `config` keeps its parameters."""
@@ -125,6 +137,8 @@ class Backbone:
         rest. The spans stay in force until the next call, so that it sees the same adapters.
         """
         self.lora.spans = spans
+        if self.packed is not None and not torch.is_grad_enabled():
+            return self.packed.hidden(tokens_T, positions_T, attention)
         for layer in self.layers:
             layer.training = checkpointing
         output = self.model.get_submodule("model")(
@@ -138,6 +152,8 @@ class Backbone:
     def logits(self, hidden_ND: Tensor, spans: Sequence[Span]) -> Tensor:
         """Logits `[N, V]` of final hidden states; the spans are over these rows."""
         self.lora.spans = spans
+        if self.packed is not None and not torch.is_grad_enabled():
+            return self.packed.logits(hidden_ND)
         return self.model.get_submodule(UNEMBED)(hidden_ND)
 
     @property

@@ -132,6 +132,7 @@ class SamplerEngine:
         max_batch: int = 256,
         max_step_rows: int = 768,
     ) -> None:
+        backbone.pack()
         self.backbone, self.tokenizer = backbone, tokenizer
         self.block_size, self.max_batch, self.max_step_rows = block_size, max_batch, max_step_rows
         token_bytes = (
