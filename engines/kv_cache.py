@@ -84,6 +84,17 @@ class BlockPool:
                 self._free.append(block)
 
 
+def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's come from the system as they are written to; torch would write all of them now.
+    return (
+        torch.from_numpy(np.zeros(shape[0] * shape[1] * dtype.itemsize, np.uint8))
+        .view(dtype)
+        .view(shape)
+    )
+
+
 class KVCache:
     """Keys and values per layer, each `[G * blocks, block_size * E]`, head-major, so that the
     blocks of a sequence are gathered per head by one row selection."""
@@ -102,8 +113,8 @@ class KVCache:
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         shape = (num_kv_heads * num_blocks, block_size * head_dim)
         # Zeros: what is masked out still goes through the products, and must be finite.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
         self.device = device
 
     def block_rows(self, blocks: np.ndarray) -> Tensor:

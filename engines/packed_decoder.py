@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import pad, rms_norm
 
 from .lora import UNEMBED, LoraContext, LoraLinear
 
@@ -24,6 +24,7 @@ Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """`(layer, q [H, T, E], k [G, T, E], v [G, T, E], scale) -> [T, H, E]`."""
 
 _USUAL_ROWS = 32  # the layout is oneDNN's choice for products with so many
+_FEWEST_ROWS = 4  # with fewer the processor waits for one sum to end before it goes on with it
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -39,7 +40,9 @@ class PackedLinear:
     """Linear layers of the same input as one product; their outputs stand side by side."""
 
     def __init__(self, parts: Sequence[LoraLinear]) -> None:
-        weight_OI = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
+        weight_OI = (
+            torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
+        )
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _USUAL_ROWS)
         biases = [part.bias for part in parts if part.bias is not None]
         self.bias = torch.cat(biases).detach() if biases else None
@@ -51,15 +54,18 @@ class PackedLinear:
             stop += part.out_features
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        y_TO = torch.ops.mkldnn._linear_pointwise(x_TI, self.packed, self.bias, "none", [], "")
+        rows = len(x_TI)
+        padded = pad(x_TI, (0, 0, 0, _FEWEST_ROWS - rows)) if rows < _FEWEST_ROWS else x_TI
+        y_TO = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
+        y_TO = y_TO[:rows]
         for span in self.context.spans:
-            rows = slice(span.start, span.stop)
+            here = slice(span.start, span.stop)
             for name, columns in self.columns:
                 factors = span.adapter.weights.get(name)
                 if factors is not None:
                     a_RI, b_OR = factors
-                    xa_SR = x_TI[rows] @ a_RI.T
-                    y_TO[rows, columns].addmm_(xa_SR, b_OR.T, alpha=span.adapter.layout.scale)
+                    xa_SR = x_TI[here] @ a_RI.T
+                    y_TO[here, columns].addmm_(xa_SR, b_OR.T, alpha=span.adapter.layout.scale)
         return y_TO
 
 

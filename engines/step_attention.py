@@ -133,6 +133,8 @@ class StepAttention:
         bias = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), -torch.inf)
         # [G B, 1, L], added to the scores of what is each sequence's own.
         self.own_bias = bias[:, None].repeat(self.cache.num_kv_heads, 1, 1).to(device)
+        if not self.slabs:
+            return
         self.shared_width = size * max(covered)
         # Scores of shared blocks at their positions, then the own. Where a sequence shares
         # nothing its scores stay at -inf.
@@ -195,6 +197,9 @@ class StepAttention:
             x.view(groups * batch, -1, size) for x in self.cache.gather(layer, self.own_rows)
         )
         own = torch.baddbmm(self.own_bias, q_GBQE.view(-1, per_key, size), k.transpose(1, 2))
+        if not self.slabs:
+            out_GBQE = (own.softmax(-1) @ own_v).view(q_GBQE.shape)
+            return out_GBQE.transpose(0, 1).reshape(batch, heads, size)
         scores = self.scores
         scores[..., self.shared_width :] = own.view(groups, batch, per_key, -1)
         values = []
