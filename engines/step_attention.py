@@ -147,7 +147,7 @@ class StepAttention:
             ),
             -torch.inf,
             device=device,
-            dtype=self.cache.keys[0].dtype,
+            dtype=self.cache.dtype,
         )
 
     def _slabs(
