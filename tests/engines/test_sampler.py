@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tinsmith
 from tinsmith.engines.backbone import Backbone
+from tinsmith.engines.lora import Adapter, Span
 from tinsmith.engines.sampler import SamplerEngine
 from tinsmith.primitives.types import (
     LoraConfig,
@@ -388,3 +391,53 @@ def test_a_cancelled_request_frees_its_memory(llama):
     engine.cancel(waiting)
     assert not engine.busy
     assert engine.pool.in_use == engine.pool.reserved == 0
+
+
+def adapted_hidden(backbone, packed):
+    """Hidden states and logits of random rows, some of them under random adapters."""
+    rng = torch.Generator().manual_seed(0)
+    spans = []
+    for start, stop, rank in ((1, 3, 4), (4, 7, 2)):
+        layout = backbone.layout(LoraConfig(rank=rank, train_unembed=True))
+        flat = torch.randn(layout.size, generator=rng) * 0.1
+        spans.append(Span(start, stop, Adapter.from_flat(layout, flat)))
+    tokens = torch.randint(0, 336, (8,), generator=rng)
+    positions = torch.randint(0, 500, (8,), generator=rng)
+
+    def attention(layer, q_HTE, k_GTE, v_GTE, scale):
+        """Each row attends to itself, so much as its query agrees with its key."""
+        queries = len(q_HTE) // len(k_GTE)
+        k_HTE, v_HTE = (x.repeat_interleave(queries, 0) for x in (k_GTE, v_GTE))
+        weight = (q_HTE * k_HTE.roll(1, 1)).sum(-1, keepdim=True) * scale
+        return (weight.sigmoid() * v_HTE).transpose(0, 1)
+
+    results = []
+    with torch.set_grad_enabled(not packed):  # passes with a gradient go the other way
+        for rows in (8, 3, 1):
+            local = [s for s in spans if s.stop <= rows]
+            hidden = backbone.hidden(tokens[:rows], positions[:rows], attention, local)
+            results += [hidden, backbone.logits(hidden, local)]
+    return [r.detach() for r in results]
+
+
+def test_packed_layers_give_what_transformers_modules_give(model_path):
+    backbone = Backbone(model_path)
+    backbone.pack()
+    assert backbone.packed is not None
+    packed, plain = (adapted_hidden(backbone, packed) for packed in (True, False))
+    for got, expected in zip(packed, plain, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_backbone_is_not_packed_where_memory_is_short(tiny_llama, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    backbone = Backbone(tiny_llama)
+    engine = SamplerEngine(
+        backbone, AutoTokenizer.from_pretrained(tiny_llama), kv_bytes=100 * BLOCK_BYTES
+    )
+    assert backbone.packed is None
+    prompt = np.arange(30)
+    sequence = finish(engine, engine.submit(greedy(prompt)))[0].sequences[0]
+    tokens = np.concatenate([prompt, sequence.tokens])
+    expected = at(reference_logprobs(tiny_llama, tokens)[:-1], tokens[1:])
+    np.testing.assert_allclose(sequence.logprobs, expected[29:], atol=1e-4)
