@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, rms_norm
+from torch.nn.functional import pad
 
 from .lora import UNEMBED, LoraContext, LoraLinear
 
@@ -34,6 +34,12 @@ def can_pack(weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
+
+
+def _enough_rows(x_TI: Tensor) -> Tensor:
+    """With rows of zeros after it, should it have too few for the processor."""
+    missing = _FEWEST_ROWS - x_TI.shape[0]
+    return pad(x_TI, (0, 0, 0, missing)) if missing > 0 else x_TI
 
 
 class PackedLinear:
@@ -54,10 +60,7 @@ class PackedLinear:
             stop += part.out_features
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        rows = len(x_TI)
-        padded = pad(x_TI, (0, 0, 0, _FEWEST_ROWS - rows)) if rows < _FEWEST_ROWS else x_TI
-        y_TO = torch.ops.mkldnn._linear_pointwise(padded, self.packed, self.bias, "none", [], "")
-        y_TO = y_TO[:rows]
+        y_TO = torch.ops.mkldnn._linear_pointwise(x_TI, self.packed, self.bias, "none", [], "")
         for span in self.context.spans:
             here = slice(span.start, span.stop)
             for name, columns in self.columns:
@@ -71,10 +74,16 @@ class PackedLinear:
 
 class _Norm:
     def __init__(self, module: Any) -> None:
-        self.weight, self.eps = module.weight.detach(), module.variance_epsilon
+        self.weight = module.weight.detach()
+        size = self.weight.shape[0]
+        self.mean = torch.full((size, 1), 1 / size)
+        self.eps = torch.tensor([[module.variance_epsilon]])
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # torch's own rms_norm is made of twice as many operations on a CPU.
+        flat = x.reshape(-1, x.shape[-1])
+        norm = torch.addmm(self.eps, flat * flat, self.mean).rsqrt_()
+        return (flat * norm).mul_(self.weight).view(x.shape)
 
 
 class _Layer:
@@ -98,15 +107,16 @@ class _Layer:
         self.k_norm = _Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
 
     def add_to(self, x_TD: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, attention: Attention) -> None:
-        rows, queries = len(x_TD), self.heads
-        qkv = self.qkv(self.attention_norm(x_TD)).view(rows, -1, self.head_dim)
+        """`x_TD` may have more rows than the positions: what becomes of those does not matter."""
+        rows, queries = cos_T1E.shape[0], self.heads
+        qkv = self.qkv(self.attention_norm(x_TD))[:rows].view(rows, -1, self.head_dim)
         qk, v_TGE = qkv[:, : queries + self.kv_heads], qkv[:, queries + self.kv_heads :]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((self.q_norm(qk[:, :queries]), self.k_norm(qk[:, queries:])), 1)
         qk = torch.addcmul(qk * cos_T1E, qk.roll(self.head_dim // 2, -1), sin_T1E)
         q_HTE, k_GTE = qk[:, :queries].transpose(0, 1), qk[:, queries:].transpose(0, 1)
         out_THE = attention(self.index, q_HTE, k_GTE, v_TGE.transpose(0, 1), self.scale)
-        x_TD += self.o(out_THE.reshape(rows, -1))
+        x_TD += self.o(_enough_rows(out_THE.reshape(rows, -1)))
         gate_TF, up_TF = self.gate_up(self.mlp_norm(x_TD)).chunk(2, -1)
         x_TD += self.down(self.activation(gate_TF).mul_(up_TF))
 
@@ -119,11 +129,11 @@ class PackedDecoder:
         self.rotary: Any = decoder.rotary_emb
         self.layers = [_Layer(layer) for layer in decoder.layers]
         self.norm = _Norm(decoder.norm)
-        self.logits = PackedLinear([unembed])
+        self.unembed = PackedLinear([unembed])
 
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
         """Final normed hidden states `[T, D]`."""
-        x_TD = self.embedding(tokens_T)
+        x_TD = _enough_rows(self.embedding(tokens_T))
         cos_1TE, sin_1TE = self.rotary(x_TD, positions_T[None])
         # x cos + (-second half, first half) sin, by way of exchanging the halves.
         half = sin_1TE.shape[-1] // 2
@@ -131,4 +141,7 @@ class PackedDecoder:
         cos_T1E, sin_T1E = cos_1TE[0, :, None], sin_1TE[0, :, None]
         for layer in self.layers:
             layer.add_to(x_TD, cos_T1E, sin_T1E, attention)
-        return self.norm(x_TD)
+        return self.norm(x_TD[: tokens_T.shape[0]])
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        return self.unembed(_enough_rows(hidden_ND))[: hidden_ND.shape[0]]
