@@ -128,10 +128,16 @@ class KVCache:
         flat = self.layers[layer].view(-1, self.head_dim)
         flat.index_copy_(0, rows, torch.cat((k_GTE, v_GTE)).view(-1, self.head_dim))
 
-    def gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of blocks given by `block_rows`, each `[G * tokens, E]`."""
-        both = self.layers[layer].index_select(0, rows).view(2, -1, self.head_dim)
-        return both[0], both[1]
+    def gather(self, layer: int, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks given by `block_rows`, each `[G * tokens, E]`; in the memory
+        of `out`, should it be given, a `room`."""
+        both = torch.index_select(self.layers[layer], 0, rows, out=out)
+        k, v = both.view(2, -1, self.head_dim)
+        return k, v
+
+    def room(self, rows: Tensor) -> Tensor:
+        """Memory for what `gather` brings for these rows, of one layer after the other."""
+        return self.layers[0].new_empty(rows.shape[0], self.layers[0].shape[1])
 
     def copy_block(self, source: int, target: int) -> None:
         heads = torch.arange(2 * self.num_kv_heads, device=self.device) * self.num_blocks

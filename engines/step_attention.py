@@ -128,6 +128,7 @@ class StepAttention:
         for i, blocks in enumerate(own):
             padded[i, : len(blocks)] = blocks
         self.own_rows = self.cache.block_rows(padded)
+        self.own_room = self.cache.room(self.own_rows)
         own_lengths = np.array(lengths) - size * np.array(covered)
         hidden = np.arange(width * size)[None] >= own_lengths[:, None]
         bias = torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), -torch.inf)
@@ -194,7 +195,8 @@ class StepAttention:
         per_key, groups = self.queries_per_key, heads // self.queries_per_key
         q_GBQE = (q_HBE * scale).view(groups, per_key, batch, size).transpose(1, 2).contiguous()
         k, own_v = (
-            x.view(groups * batch, -1, size) for x in self.cache.gather(layer, self.own_rows)
+            x.view(groups * batch, -1, size)
+            for x in self.cache.gather(layer, self.own_rows, self.own_room)
         )
         own = torch.baddbmm(self.own_bias, q_GBQE.view(-1, per_key, size), k.transpose(1, 2))
         if not self.slabs:
