@@ -46,12 +46,11 @@ class PackedLinear:
     """Linear layers of the same input as one product; their outputs stand side by side."""
 
     def __init__(self, parts: Sequence[LoraLinear]) -> None:
-        weight_OI = (
-            torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
-        )
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), _USUAL_ROWS)
-        biases = [part.bias for part in parts if part.bias is not None]
-        self.bias = torch.cat(biases).detach() if biases else None
+        weights: list[Tensor] = [part.weight.detach() for part in parts]
+        weight_OI = torch.cat(weights) if len(parts) > 1 else weights[0]
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _USUAL_ROWS)
+        biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
         self.context: LoraContext = parts[0].context
         self.columns: list[tuple[str, slice]] = []
         stop = 0
