@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import tinsmith
 from tinsmith.engines.vllm_start import chosen_engine
 
@@ -55,6 +57,18 @@ def seconds(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
+
+
+def matrix_rate(device: str | torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of large matrix products: medians of several, of a square one and one of a small
+    model's shape, whichever is faster."""
+    rates = []
+    for rows, inner, columns in ((1024, 1024, 1024), (512, 576, 1536)):
+        a = torch.randn(rows, inner, device=device, dtype=dtype)
+        b = torch.randn(columns, inner, device=device, dtype=dtype)
+        times = [seconds(lambda a=a, b=b: (a @ b.T)[0, 0].item()) for _ in range(12)][2:]
+        rates.append(2 * rows * inner * columns / statistics.median(times))
+    return max(rates)
 
 
 def alternate(

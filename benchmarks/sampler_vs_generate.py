@@ -7,6 +7,8 @@ at temperature 1 with no stop token, in fp32, in this process.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from harness import alternate, options, report
 from transformers import AutoModelForCausalLM
@@ -28,13 +30,25 @@ def task_prompts(model: str) -> list[list[int]]:
     return [renderer.tokens(renderer.text(m)) for m in messages]
 
 
-def main() -> None:
-    chosen = options(__doc__)
+def sample_all(engine: SamplerEngine, prompts: list[list[int]], new_tokens: int) -> None:
+    """One sample after each prompt, all submitted at once."""
+    params = SamplingParams(max_tokens=new_tokens, stop=[], temperature=1.0)
+    for tokens in prompts:
+        engine.submit(SampleRequest(tokens, params))
+    drawn = 0
+    while engine.busy:
+        for event in engine.step():
+            if event.response is not None:
+                drawn += len(event.response.sequences[0].tokens)
+    assert drawn == len(prompts) * new_tokens, drawn
+
+
+def compare(chosen: argparse.Namespace, prompts: list[list[int]]) -> None:
+    """Report new tokens per second after these prompts, ours and `generate`'s."""
     new_tokens = 4 if chosen.quick else 64
     theirs = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32).eval()
-    prompts = task_prompts(chosen.model) * (REQUESTS // PROMPTS)
     length = max(map(len, prompts))
-    batch, mask = (torch.zeros(REQUESTS, length, dtype=torch.int64) for _ in range(2))
+    batch, mask = (torch.zeros(len(prompts), length, dtype=torch.int64) for _ in range(2))
     for row, prompt in enumerate(prompts):
         batch[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
@@ -43,15 +57,7 @@ def main() -> None:
     def sample() -> None:
         # A new engine: nothing is left in its cache from the run before.
         engine = SamplerEngine(backbone, tokenizer, kv_bytes=1 << 30)
-        params = SamplingParams(max_tokens=new_tokens, stop=[], temperature=1.0)
-        for tokens in prompts:
-            engine.submit(SampleRequest(tokens, params))
-        drawn = 0
-        while engine.busy:
-            for event in engine.step():
-                if event.response is not None:
-                    drawn += len(event.response.sequences[0].tokens)
-        assert drawn == REQUESTS * new_tokens, drawn
+        sample_all(engine, prompts, new_tokens)
 
     def generate() -> None:
         out = theirs.generate(
@@ -64,10 +70,10 @@ def main() -> None:
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
         )
-        assert out.shape == (REQUESTS, length + new_tokens)
+        assert out.shape == (len(prompts), length + new_tokens)
 
     ours_s, theirs_s = alternate(sample, generate, chosen.runs)
-    tokens = REQUESTS * new_tokens
+    tokens = len(prompts) * new_tokens
     report(
         "tokens/s",
         tokens / ours_s,
@@ -76,6 +82,11 @@ def main() -> None:
         chosen.runs,
         prompt_tokens=length,
     )
+
+
+def main() -> None:
+    chosen = options(__doc__)
+    compare(chosen, task_prompts(chosen.model) * (REQUESTS // PROMPTS))
 
 
 if __name__ == "__main__":

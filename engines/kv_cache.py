@@ -7,6 +7,7 @@ holds the numbers. Dimension names: G key/value heads, E size of a head.
 
 from __future__ import annotations
 
+import mmap
 from collections import OrderedDict
 from hashlib import blake2b
 
@@ -84,9 +85,17 @@ class BlockPool:
                 self._free.append(block)
 
 
+def _zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Pages that the system provides, zeroed, when they are first written to.
+    pages = mmap.mmap(-1, shape[0] * shape[1] * dtype.itemsize, flags=mmap.MAP_PRIVATE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
 class KVCache:
-    """Keys and values per layer, each `[G * blocks, block_size * E]`, head-major, so that the
-    blocks of a sequence are gathered per head by one row selection."""
+    """Per layer `[2 * G * blocks, block_size * E]`, the keys of all heads and then the values,
+    head-major, so that the blocks of a sequence are gathered per head by one row selection."""
 
     def __init__(
         self,
@@ -100,35 +109,37 @@ class KVCache:
     ) -> None:
         self.block_size, self.num_blocks = block_size, num_blocks
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
-        shape = (num_kv_heads * num_blocks, block_size * head_dim)
+        self.dtype, self.device = dtype, device
+        shape = (2 * num_kv_heads * num_blocks, block_size * head_dim)
         # Zeros: what is masked out still goes through the products, and must be finite.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.device = device
+        self.layers = [_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     def block_rows(self, blocks: np.ndarray) -> Tensor:
-        """Rows of `keys` for blocks `[...]`, heads first: int64 `[G * size]`."""
-        heads = np.arange(self.num_kv_heads)[:, None] * self.num_blocks
+        """Rows of a layer for blocks `[...]`, keys first, heads next: int64 `[2 G * size]`."""
+        heads = np.arange(2 * self.num_kv_heads)[:, None] * self.num_blocks
         return torch.from_numpy((heads + blocks.reshape(1, -1)).reshape(-1)).to(self.device)
 
     def slot_rows(self, slots: np.ndarray) -> Tensor:
-        """Rows of `keys` viewed as single tokens, heads first: int64 `[G * len(slots)]`."""
-        heads = np.arange(self.num_kv_heads)[:, None] * (self.num_blocks * self.block_size)
+        """Rows of a layer viewed as single tokens, likewise: int64 `[2 G * len(slots)]`."""
+        heads = np.arange(2 * self.num_kv_heads)[:, None] * (self.num_blocks * self.block_size)
         return torch.from_numpy((heads + slots[None]).reshape(-1)).to(self.device)
 
     def write(self, layer: int, rows: Tensor, k_GTE: Tensor, v_GTE: Tensor) -> None:
-        for store, x_GTE in ((self.keys, k_GTE), (self.values, v_GTE)):
-            flat = store[layer].view(-1, self.head_dim)
-            flat.index_copy_(0, rows, x_GTE.reshape(-1, self.head_dim))
+        flat = self.layers[layer].view(-1, self.head_dim)
+        flat.index_copy_(0, rows, torch.cat((k_GTE, v_GTE)).view(-1, self.head_dim))
 
-    def gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of blocks given by `block_rows`, each `[len(rows) * block_size, E]`."""
-        return tuple(  # type: ignore[return-value]
-            store[layer].index_select(0, rows).view(-1, self.head_dim)
-            for store in (self.keys, self.values)
-        )
+    def gather(self, layer: int, rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks given by `block_rows`, each `[G * tokens, E]`; in the memory
+        of `out`, should it be given, a `room`."""
+        both = torch.index_select(self.layers[layer], 0, rows, out=out)
+        k, v = both.view(2, -1, self.head_dim)
+        return k, v
+
+    def room(self, rows: Tensor) -> Tensor:
+        """Memory for what `gather` brings for these rows, of one layer after the other."""
+        return self.layers[0].new_empty(rows.shape[0], self.layers[0].shape[1])
 
     def copy_block(self, source: int, target: int) -> None:
-        heads = torch.arange(self.num_kv_heads, device=self.device) * self.num_blocks
-        for store in (*self.keys, *self.values):
-            store[heads + target] = store[heads + source]
+        heads = torch.arange(2 * self.num_kv_heads, device=self.device) * self.num_blocks
+        for layer in self.layers:
+            layer[heads + target] = layer[heads + source]

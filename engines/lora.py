@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..primitives.types import LoraConfig
+from .products import rows_times, rows_times_transposed
 from .quantized import PackedWeight
 
 ATTN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -126,10 +127,10 @@ class LoraContext:
 
 
 def _forward(x_TI, weight, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
-    y_TO = torch.nn.functional.linear(x_TI, weight(), bias_O)
+    y_TO = rows_times(x_TI, weight(), bias_O)
     projected = []
     for (start, stop, scale), a_RI, b_OR in zip(spans, factors[::2], factors[1::2], strict=True):
-        xa_SR = x_TI[start:stop] @ a_RI.to(x_TI.dtype).T
+        xa_SR = rows_times(x_TI[start:stop], a_RI.to(x_TI.dtype))
         y_TO[start:stop].addmm_(xa_SR, b_OR.to(x_TI.dtype).T, alpha=scale)
         projected.append(xa_SR)
     return y_TO, projected
@@ -156,17 +157,18 @@ class _LoraLinear(torch.autograd.Function):
         x_TI, *rest = ctx.saved_tensors
         count = len(ctx.spans)
         factors, projected = rest[: 2 * count], rest[2 * count :]
-        dx_TI = dy_TO @ ctx.weight() if ctx.needs_input_grad[0] else None
+        dx_TI = rows_times_transposed(dy_TO, ctx.weight()) if ctx.needs_input_grad[0] else None
         out: list[Tensor | None] = []
         for (start, stop, scale), a_RI, b_OR, xa_SR in zip(
             ctx.spans, factors[::2], factors[1::2], projected, strict=True
         ):
             dy_SO = dy_TO[start:stop]
-            dxa_SR = (dy_SO @ b_OR.to(dy_SO.dtype)).mul_(scale)
+            dxa_SR = rows_times_transposed(dy_SO, b_OR.to(dy_SO.dtype)).mul_(scale)
             if dx_TI is not None:
                 dx_TI[start:stop].addmm_(dxa_SR, a_RI.to(dy_SO.dtype))
-            out.append((dxa_SR.T @ x_TI[start:stop]).to(a_RI.dtype))
-            out.append((dy_SO.T @ xa_SR).mul_(scale).to(b_OR.dtype))
+            out.append(rows_times_transposed(dxa_SR.T, x_TI[start:stop]).to(a_RI.dtype))
+            db_RO = rows_times_transposed(xa_SR.T, dy_SO).mul_(scale)
+            out.append(db_RO.T.to(b_OR.dtype))
         return dx_TI, None, None, None, *out
 
 

@@ -50,8 +50,8 @@ def draw(
     if (temperatures != 1).any():
         logits_NV /= scale[:, None]
     best_N = logits_NV.argmax(-1) if greedy.any() else None
-    logits_NV -= logits_NV.amax(-1, keepdim=True)
-    weights_NV = logits_NV.exp()
+    # In place: for memory as large as this the allocator asks the system anew every time.
+    weights_NV = logits_NV.sub_(logits_NV.amax(-1, keepdim=True)).exp_()
     lse_N1 = weights_NV.sum(-1, keepdim=True).log_()
     restricted = ((top_ks > 0) | (top_ps < 1)) & ~greedy
     for row in np.flatnonzero(restricted):
@@ -59,7 +59,7 @@ def draw(
     chosen = _invert(weights_NV, torch.from_numpy(uniforms_N).to(device))
     if best_N is not None:
         chosen = torch.where(torch.from_numpy(greedy).to(device), best_N, chosen)
-    return chosen, (logits_NV.gather(1, chosen[:, None]) - lse_N1)[:, 0]
+    return chosen, (weights_NV.gather(1, chosen[:, None]).log_() - lse_N1)[:, 0]
 
 
 def likeliest(logits_NV: Tensor, temperatures: np.ndarray, k: int) -> tuple[Tensor, Tensor]:

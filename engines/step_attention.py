@@ -128,13 +128,16 @@ class StepAttention:
         for i, blocks in enumerate(own):
             padded[i, : len(blocks)] = blocks
         self.own_rows = self.cache.block_rows(padded)
+        self.own_room = self.cache.room(self.own_rows)
         own_lengths = np.array(lengths) - size * np.array(covered)
         hidden = np.arange(width * size)[None] >= own_lengths[:, None]
-        bias = torch.zeros(hidden.shape, dtype=self.cache.keys[0].dtype).masked_fill_(
+        bias = torch.zeros(hidden.shape, dtype=self.cache.dtype).masked_fill_(
             torch.from_numpy(hidden), -torch.inf
         )
         # [G B, 1, L], added to the scores of what is each sequence's own.
         self.own_bias = bias[:, None].repeat(self.cache.num_kv_heads, 1, 1).to(device)
+        if not self.slabs:
+            return
         self.shared_width = size * max(covered)
         # Scores of shared blocks at their positions, then the own. Where a sequence shares
         # nothing its scores stay at -inf.
@@ -147,7 +150,7 @@ class StepAttention:
             ),
             -torch.inf,
             device=device,
-            dtype=self.cache.keys[0].dtype,
+            dtype=self.cache.dtype,
         )
 
     def _slabs(
@@ -194,9 +197,13 @@ class StepAttention:
         per_key, groups = self.queries_per_key, heads // self.queries_per_key
         q_GBQE = (q_HBE * scale).view(groups, per_key, batch, size).transpose(1, 2).contiguous()
         k, own_v = (
-            x.view(groups * batch, -1, size) for x in self.cache.gather(layer, self.own_rows)
+            x.view(groups * batch, -1, size)
+            for x in self.cache.gather(layer, self.own_rows, self.own_room)
         )
         own = torch.baddbmm(self.own_bias, q_GBQE.view(-1, per_key, size), k.transpose(1, 2))
+        if not self.slabs:
+            out_GBQE = (own.softmax(-1) @ own_v).view(q_GBQE.shape)
+            return out_GBQE.transpose(0, 1).reshape(batch, heads, size)
         scores = self.scores
         scores[..., self.shared_width :] = own.view(groups, batch, per_key, -1)
         values = []

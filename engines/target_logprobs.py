@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .products import rows_times, rows_times_transposed
+
 CHUNK_ROWS = 512
 
 
@@ -97,7 +99,7 @@ class _TargetLogprobs(torch.autograd.Function):
             lse_N[start:stop] = (lse_C1 + top_C1)[:, 0]
             if mean_w_ND is not None:
                 share_C1 = total_C1.reciprocal().to(logits_CV.dtype)
-                mean_w_ND[start:stop] = (logits_CV @ w_VD).mul_(share_C1)
+                mean_w_ND[start:stop] = rows_times_transposed(logits_CV, w_VD).mul_(share_C1)
                 if span >= 0:
                     offset = bounds[span][0]
                     b_VR = factors[2 * span + 1].to(logits_CV.dtype)
@@ -153,7 +155,7 @@ class _TargetLogprobs(torch.autograd.Function):
 
 
 def _logits(h_CD, w_VD, bounds, factors, span):  # type: ignore[no-untyped-def]
-    logits_CV = h_CD @ w_VD.T
+    logits_CV = rows_times(h_CD, w_VD)
     if span >= 0:
         a_RD, b_VR = (factor.to(h_CD.dtype) for factor in factors[2 * span : 2 * span + 2])
         logits_CV.addmm_(h_CD @ a_RD.T, b_VR.T, alpha=bounds[span][2])

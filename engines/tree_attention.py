@@ -1,12 +1,13 @@
 """Causal attention over a packed forest of segments (`packing.Pack`): every token sees its
 ancestors and itself, and a prefix's keys and values are used where they lie, by all its branches.
 
-Dimension names: T packed rows, S rows of a segment, K keys it sees, H query heads, G key/value
-heads, E size of a head.
+Dimension names: T packed rows, S rows of a segment (or of several alike), B of them, L of
+each, K keys it sees, H query heads, G key/value heads, E size of a head.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -27,10 +28,22 @@ class TreeAttention:
         self.segments = list(segments)
         self.paths = list(paths)
         self.queries_per_key = queries_per_key
+        self.alike = self._alike()
         self.masks = [
             self._mask(length, sum(self.segments[i] for i in path), device) if path else None
             for length, path in zip(segments, paths, strict=True)
         ]
+
+    def _alike(self) -> list[tuple[int, int]]:
+        """`(segment, how many)`: neighbours without ancestors and of one length, or single others."""
+        groups: list[tuple[int, int]] = []
+        for index, (length, path) in enumerate(zip(self.segments, self.paths, strict=True)):
+            first, count = groups[-1] if groups else (0, 0)
+            if count and not path and not self.paths[first] and self.segments[first] == length:
+                groups[-1] = (first, count + 1)
+            else:
+                groups.append((index, 1))
+        return groups
 
     def _mask(self, length: int, before: int, device: torch.device) -> Tensor:
         """Bool `[(H / G) S, K]`, for queries of one key/value head folded into rows."""
@@ -40,27 +53,37 @@ class TreeAttention:
     def __call__(
         self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, scale: float
     ) -> Tensor:
-        q, k, v = (x.split(self.segments, dim=1) for x in (q_HTE, k_GTE, v_GTE))
+        size = q_HTE.shape[2]
+        k, v = (x.split(self.segments, dim=1) for x in (k_GTE, v_GTE))
+        starts = [0, *itertools.accumulate(self.segments)]
         out = []
-        for index, (path, mask) in enumerate(zip(self.paths, self.masks, strict=True)):
+        for index, count in self.alike:
+            path, mask = self.paths[index], self.masks[index]
+            here = slice(starts[index], starts[index + count])
+            q_HSE = q_HTE[:, here]
             if mask is None:
-                out_HSE = scaled_dot_product_attention(
-                    q[index][None],
-                    k[index][None],
-                    v[index][None],
+                q_BHLE, k_BGLE, v_BGLE = (
+                    x[:, here].unflatten(1, (count, -1)).transpose(0, 1)
+                    for x in (q_HTE, k_GTE, v_GTE)
+                )
+                out_BHLE = scaled_dot_product_attention(
+                    q_BHLE,
+                    k_BGLE,
+                    v_BGLE,
                     is_causal=True,
                     scale=scale,
                     enable_gqa=self.queries_per_key > 1,
-                )[0]
+                )
+                out_HSE = out_BHLE.transpose(0, 1).flatten(1, 2)
             else:
                 chain = (*path, index)
-                folded = q[index].reshape(k_GTE.shape[0], -1, q_HTE.shape[2])
+                folded = q_HSE.reshape(k_GTE.shape[0], -1, size)
                 out_HSE = scaled_dot_product_attention(
                     folded[None],
                     torch.cat([k[i] for i in chain], 1)[None],
                     torch.cat([v[i] for i in chain], 1)[None],
                     attn_mask=mask,
                     scale=scale,
-                )[0].view(q[index].shape)
+                )[0].view(q_HSE.shape)
             out.append(out_HSE)
         return torch.cat(out, 1).transpose(0, 1)

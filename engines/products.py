@@ -1,0 +1,34 @@
+"""Products with a frozen matrix, by whatever is quickest at them.
+
+On a CPU in float32 that is oneDNN, which takes the matrix as it lies in memory. Measured on two cores of
+an AMD EPYC, 2,048 rows of SmolLM2-135M's layers: 200 to 218 GFLOP/s, where MKL, which torch's own
+`linear` uses, has 127 to 195. It computes a row the same whatever the other rows are, if there are at
+least two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def rows_times(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`x W' + b`, `[T, O]`. No gradient goes through it."""
+    if _by_onednn(x_TI, weight_OI):
+        return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+    return linear(x_TI, weight_OI, bias_O)
+
+
+def rows_times_transposed(dy_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """`dy W`, `[T, I]`."""
+    return rows_times(dy_TO, weight_OI.T)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
