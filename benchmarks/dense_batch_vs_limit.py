@@ -8,37 +8,27 @@ on our side only.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from dense_batch_vs_peft import SEQUENCES, TOKENS
-from dense_batches import datums, learn_together, lora
+from dense_batch_vs_peft import RANK, SEQUENCES, TOKENS
+from dense_batches import Tenants
 from harness import alternate, options, report
-from peft_side import add_run
-
-from tinsmith.engines.backbone import Backbone
-from tinsmith.engines.learner import LearnerEngine
 
 SIDE = 1024
 
 
 def main() -> None:
     chosen = options(__doc__)
-    length = 16 if chosen.quick else TOKENS
-    engine = LearnerEngine(Backbone(chosen.model))
-    backbone = engine.backbone
-    add_run(engine, "run", lora(32))
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, backbone.vocab_size, (SEQUENCES, length + 1))
-    batch, count = {"run": datums(tokens)}, SEQUENCES * length
-    weights = sum(inputs * outputs for inputs, outputs in backbone.targets.values())
-    flop = 4.0 * weights * count
+    tenants = Tenants(chosen.model, [RANK], SEQUENCES, 16 if chosen.quick else TOKENS)
+    targets = tenants.engine.backbone.targets.values()
+    flop_per_token = 4.0 * sum(inputs * outputs for inputs, outputs in targets)
+    flop, count = flop_per_token * tenants.tokens, tenants.tokens
     a, b, out = (torch.randn(SIDE, SIDE) for _ in range(3))
 
     def products() -> None:
         for _ in range(max(1, round(flop / (2 * SIDE**3)))):
             torch.mm(a, b, out=out)
 
-    ours_s, limit_s = alternate(lambda: learn_together(engine, batch), products, chosen.runs)
+    ours_s, limit_s = alternate(tenants.learn, products, chosen.runs)
     report(
         "tokens/s",
         count / ours_s,
@@ -46,7 +36,7 @@ def main() -> None:
         limit_s / ours_s,
         chosen.runs,
         matrix_gflop_s=round(flop / limit_s / 1e9, 1),
-        gflop_per_token=round(flop / count / 1e9, 3),
+        gflop_per_token=round(flop_per_token / 1e9, 3),
     )
 
 

@@ -1,15 +1,21 @@
-"""Batches of random tokens with a loss on every one of them, for the learner's benchmarks."""
+"""Batches of random tokens with a loss on every one of them, for the learner's benchmarks.
+
+Dimension names: R runs, B sequences of a run, S tokens of a sequence.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from peft_side import target_logprobs
+from harness import alternate, report
+from peft_side import add_run, gradient_difference, peft_model, target_logprobs
 
 from tinsmith import Datum, LoraConfig
+from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
 
 MICRO_BATCH = 8  # sequences that PEFT computes at once
@@ -24,6 +30,60 @@ def datums(tokens_BS: np.ndarray) -> list[Datum]:
 def lora(rank: int) -> LoraConfig:
     """PEFT's usual targets: attention and MLP."""
     return LoraConfig(rank=rank, seed=0, train_unembed=False)
+
+
+class Tenants:
+    """Runs of a new engine, each with a batch of its own.
+
+    Args:
+        ranks: of the runs' adapters.
+    """
+
+    def __init__(self, model: str, ranks: Sequence[int], sequences: int, length: int) -> None:
+        self.engine = LearnerEngine(Backbone(model))
+        vocabulary = self.engine.backbone.vocab_size
+        shape = (len(ranks), sequences, length + 1)
+        self.tokens_RBS = np.random.default_rng(0).integers(0, vocabulary, shape)
+        self.batches: dict[str, Sequence[Datum]] = {}
+        for index, rank in enumerate(ranks):
+            add_run(self.engine, f"run{index}", lora(rank))
+            self.batches[f"run{index}"] = datums(self.tokens_RBS[index])
+
+    @property
+    def tokens(self) -> int:
+        return sum(datum.model_input.length for data in self.batches.values() for datum in data)
+
+    def learn(self) -> float:
+        return learn_together(self.engine, self.batches)
+
+
+def compare_with_peft(chosen: argparse.Namespace, tenants: Tenants) -> None:
+    """Measure both sides, check that losses and gradients are equal, and report."""
+    runs = list(tenants.batches)
+    peft = peft_model(chosen.model, tenants.engine, runs)
+    losses: dict[str, float] = {}
+
+    def ours() -> None:
+        losses["ours"] = tenants.learn()
+
+    def theirs() -> None:
+        losses["theirs"] = sum(
+            learn_by_peft(peft, run_id, tokens_BS)
+            for run_id, tokens_BS in zip(runs, tenants.tokens_RBS, strict=True)
+        )
+
+    ours_s, theirs_s = alternate(ours, theirs, chosen.runs)
+    assert abs(losses["ours"] / losses["theirs"] - 1) < 1e-3, losses
+    difference = gradient_difference(tenants.engine, runs[-1], peft)
+    assert difference < 1e-3, difference
+    report(
+        "tokens/s",
+        tenants.tokens / ours_s,
+        tenants.tokens / theirs_s,
+        theirs_s / ours_s,
+        chosen.runs,
+        gradient_difference=float(f"{difference:.1e}"),
+    )
 
 
 def learn_together(engine: LearnerEngine, batches: dict[str, Sequence[Datum]]) -> float:

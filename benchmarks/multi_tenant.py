@@ -7,33 +7,21 @@ tokens.
 
 from __future__ import annotations
 
-import numpy as np
-from dense_batches import datums, learn_together, lora
+from dense_batches import Tenants, learn_together, lora
 from harness import alternate, options, report
 from peft_side import add_run
 
-from tinsmith.engines.backbone import Backbone
-from tinsmith.engines.learner import LearnerEngine
-
-RUNS, SEQUENCES, TOKENS = 8, 4, 128
-RANKS = (8, 16, 32, 64)
+RANKS, SEQUENCES, TOKENS = (8, 16, 32, 64) * 2, 4, 128
 
 
 def main() -> None:
     chosen = options(__doc__)
-    length = 16 if chosen.quick else TOKENS
-    engine = LearnerEngine(Backbone(chosen.model))
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, engine.backbone.vocab_size, (RUNS, SEQUENCES, length + 1))
-    many = {f"run-{i}": datums(tokens[i]) for i in range(RUNS)}
-    for i, run_id in enumerate(many):
-        add_run(engine, run_id, lora(RANKS[i % len(RANKS)]))
+    tenants = Tenants(chosen.model, RANKS, SEQUENCES, 16 if chosen.quick else TOKENS)
+    engine = tenants.engine
     add_run(engine, "one", lora(32))
-    one = {"one": [datum for data in many.values() for datum in data]}
-    ours_s, theirs_s = alternate(
-        lambda: learn_together(engine, many), lambda: learn_together(engine, one), chosen.runs
-    )
-    count = RUNS * SEQUENCES * length
+    one = {"one": [datum for data in tenants.batches.values() for datum in data]}
+    ours_s, theirs_s = alternate(tenants.learn, lambda: learn_together(engine, one), chosen.runs)
+    count = tenants.tokens
     report("tokens/s", count / ours_s, count / theirs_s, theirs_s / ours_s, chosen.runs)
 
 

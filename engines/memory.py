@@ -23,6 +23,7 @@ from .backbone import DTYPES, Backbone
 from .base_weights import QUANTIZED, BaseWeights
 from .lora import UNEMBED, AdapterLayout
 from .target_logprobs import CHUNK_ROWS
+from .tree_attention import alike
 
 FLOAT = 4  # bytes; adapters, gradients, moments, norms and logprobs are float32 in any case
 
@@ -45,11 +46,13 @@ class PassShape:
         return sum(self.segments)
 
     @property
-    def seen(self) -> list[int]:
-        """Keys that each segment below others sees; 0 for one that stands alone, which has no mask."""
+    def below(self) -> list[tuple[int, int, int]]:
+        """`(how many, rows, keys)` of segments below others that are attended to together: rows
+        of each, and keys that each of them sees. One that stands alone copies nothing."""
         return [
-            length + sum(self.segments[i] for i in path) if path else 0
-            for length, path in zip(self.segments, self.paths, strict=True)
+            (count, self.segments[i], self.segments[i] + sum(self.segments[j] for j in path))
+            for i, count in alike(self.segments, self.paths)
+            if (path := self.paths[i])
         ]
 
 
@@ -97,7 +100,7 @@ class MemoryModel:
         c = self.config
         q, kv = self._heads()
         widest = 2 * c.hidden_size + max(3 * c.intermediate_size, 5 * q + 2 * kv)
-        inside = self.item * (widest * shape.rows + max(self._copies(shape)))
+        inside = self.item * (widest * shape.rows + max(self._copies(shape), default=0))
         end = self._final(shape) + self._logits(shape, layouts)
         return max(inside, end) + self._all_along(shape)
 
@@ -116,12 +119,12 @@ class MemoryModel:
         return row * shape.rows + item * sum(self._copies(shape))
 
     def _copies(self, shape: PassShape) -> list[int]:
-        """Numbers that the attention of each segment below others copies: its queries, the keys and
-        values it sees, and its mask."""
+        """Numbers that the attention of segments below others copies: their queries, the keys and
+        values they see, and a mask."""
         q, kv = self._heads()
         return [
-            (q + q // kv * keys) * length + 2 * kv * keys if keys else 0
-            for length, keys in zip(shape.segments, shape.seen, strict=True)
+            count * (q * rows + 2 * kv * keys) + q // kv * rows * keys
+            for count, rows, keys in shape.below
         ]
 
     def _heads(self) -> tuple[int, int]:
@@ -137,9 +140,7 @@ class MemoryModel:
     def _all_along(self, shape: PassShape) -> int:
         """Rotary positions, masks, and what a packed weight is unpacked to."""
         q, kv = self._heads()
-        masks = sum(
-            q // kv * length * keys for length, keys in zip(shape.segments, shape.seen, strict=True)
-        )
+        masks = sum(q // kv * rows * keys for _, rows, keys in shape.below)
         return masks + 2 * self.item * _head_size(self.config) * shape.rows + self.scratch
 
     def _final(self, shape: PassShape) -> int:

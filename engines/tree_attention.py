@@ -15,6 +15,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
+def alike(segments: Sequence[int], paths: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """`(segment, how many)`: neighbours of one length and with the same ancestors, which are
+    attended to together."""
+    groups: list[tuple[int, int]] = []
+    for index, (length, path) in enumerate(zip(segments, paths, strict=True)):
+        first, count = groups[-1] if groups else (0, 0)
+        if count and segments[first] == length and paths[first] == path:
+            groups[-1] = (first, count + 1)
+        else:
+            groups.append((index, 1))
+    return groups
+
+
 class TreeAttention:
     """An `Attention` for one pack; the masks are made once and serve every layer."""
 
@@ -28,22 +41,12 @@ class TreeAttention:
         self.segments = list(segments)
         self.paths = list(paths)
         self.queries_per_key = queries_per_key
-        self.alike = self._alike()
-        self.masks = [
-            self._mask(length, sum(self.segments[i] for i in path), device) if path else None
-            for length, path in zip(segments, paths, strict=True)
-        ]
-
-    def _alike(self) -> list[tuple[int, int]]:
-        """`(segment, how many)`: neighbours without ancestors and of one length, or single others."""
-        groups: list[tuple[int, int]] = []
-        for index, (length, path) in enumerate(zip(self.segments, self.paths, strict=True)):
-            first, count = groups[-1] if groups else (0, 0)
-            if count and not path and not self.paths[first] and self.segments[first] == length:
-                groups[-1] = (first, count + 1)
-            else:
-                groups.append((index, 1))
-        return groups
+        self.alike = alike(self.segments, self.paths)
+        self.masks = {
+            index: self._mask(self.segments[index], sum(self.segments[i] for i in path), device)
+            for index, _ in self.alike
+            if (path := self.paths[index])
+        }
 
     def _mask(self, length: int, before: int, device: torch.device) -> Tensor:
         """Bool `[(H / G) S, K]`, for queries of one key/value head folded into rows."""
@@ -53,19 +56,16 @@ class TreeAttention:
     def __call__(
         self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, scale: float
     ) -> Tensor:
-        size = q_HTE.shape[2]
         k, v = (x.split(self.segments, dim=1) for x in (k_GTE, v_GTE))
         starts = [0, *itertools.accumulate(self.segments)]
         out = []
         for index, count in self.alike:
-            path, mask = self.paths[index], self.masks[index]
+            path, mask = self.paths[index], self.masks.get(index)
             here = slice(starts[index], starts[index + count])
-            q_HSE = q_HTE[:, here]
+            q_BHLE, k_BGLE, v_BGLE = (
+                x[:, here].unflatten(1, (count, -1)).transpose(0, 1) for x in (q_HTE, k_GTE, v_GTE)
+            )
             if mask is None:
-                q_BHLE, k_BGLE, v_BGLE = (
-                    x[:, here].unflatten(1, (count, -1)).transpose(0, 1)
-                    for x in (q_HTE, k_GTE, v_GTE)
-                )
                 out_BHLE = scaled_dot_product_attention(
                     q_BHLE,
                     k_BGLE,
@@ -74,16 +74,19 @@ class TreeAttention:
                     scale=scale,
                     enable_gqa=self.queries_per_key > 1,
                 )
-                out_HSE = out_BHLE.transpose(0, 1).flatten(1, 2)
             else:
-                chain = (*path, index)
-                folded = q_HSE.reshape(k_GTE.shape[0], -1, size)
-                out_HSE = scaled_dot_product_attention(
-                    folded[None],
-                    torch.cat([k[i] for i in chain], 1)[None],
-                    torch.cat([v[i] for i in chain], 1)[None],
+                folded = q_BHLE.reshape(count, k_GTE.shape[0], -1, q_HTE.shape[2])
+                out_BHLE = scaled_dot_product_attention(
+                    folded,
+                    _after([k[i] for i in path], k_BGLE),
+                    _after([v[i] for i in path], v_BGLE),
                     attn_mask=mask,
                     scale=scale,
-                )[0].view(q_HSE.shape)
-            out.append(out_HSE)
+                ).view(q_BHLE.shape)
+            out.append(out_BHLE.transpose(0, 1).flatten(1, 2))
         return torch.cat(out, 1).transpose(0, 1)
+
+
+def _after(ancestors: Sequence[Tensor], own_BGLE: Tensor) -> Tensor:
+    """Each `own` behind the ancestors' `[G, S, E]`."""
+    return torch.cat([*(x.expand(len(own_BGLE), -1, -1, -1) for x in ancestors), own_BGLE], 2)
