@@ -207,14 +207,11 @@ class Learner:
         log = self._log(run_id)
         while log.under_way is not None:
             await asyncio.wait({log.under_way.future})
-        state = await self._in_engine(self.engine.state, run_id, True)
-        run = self.engine.runs[run_id]
+        state, about = await self._in_engine(self._whole_state, run_id)
         manifest = {
-            "lora": asdict(run.config),
-            "version": run.version,
+            **about,
             "next_seq_id": log.next_seq_id,
             "publish_steps": log.publish_steps,
-            "share": self.engine.queue.weights[run_id],
         }
         files = {
             PARKED: safetensors.torch.save(state),
@@ -223,6 +220,11 @@ class Learner:
         folder = parked_folder(run_id)
         staged = await asyncio.to_thread(self.storage.stage, folder, files)
         await asyncio.to_thread(self.storage.commit, staged, folder)
+
+    def _whole_state(self, run_id: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        run, share = self.engine.runs[run_id], self.engine.queue.weights[run_id]
+        about = {"lora": asdict(run.config), "version": run.version, "share": share}
+        return self.engine.state(run_id, True), about
 
     async def unpark(self, run_id: str) -> int:
         """Open a parked run exactly as it was, its weights published; returns the number of its
