@@ -147,7 +147,8 @@ class Controller:
             tensor_parallel = 1 if self.vllm is None else self.vllm.tensor_parallel
             samplers = self.replicas.min_replicas
             planned = plan(self.placement, gpus, tensor_parallel, samplers, self.learners)
-            what = f"{self.learners} learner(s) of {name} and {samplers} of its samplers"
+            learners = "the learner" if self.learners == 1 else f"{self.learners} learners"
+            what = f"{learners} of {name} and {samplers} of its samplers"
             return Place(planned, await Reservation.make(what, planned.bundles, self.placement))
 
         if path not in self.places:

@@ -53,9 +53,10 @@ def main() -> None:
         return {"run-0": datums(random(max(1, TOKENS // length), length))}
 
     def of_group(size: int) -> Batches:
-        tokens = random(size, PROMPT + COMPLETION)
-        tokens[:, :PROMPT] = tokens[0, :PROMPT]
-        weights = np.repeat([0.0, 1.0], [PROMPT - 1, COMPLETION + 1])
+        prompt = 64 if small else PROMPT
+        tokens = random(size, prompt + COMPLETION)
+        tokens[:, :prompt] = tokens[0, :prompt]
+        weights = np.repeat([0.0, 1.0], [prompt - 1, COMPLETION + 1])
         return {
             "run-0": [
                 Datum(row[:-1], {"target_tokens": row[1:], "weights": weights}) for row in tokens

@@ -21,7 +21,7 @@ from tinsmith import SamplingParams, VllmOptions
 from tinsmith.engines.vllm_start import WORKER
 from tinsmith.envs import ChatRenderer, make
 
-KV_BYTES, MAX_ADAPTERS, MAX_RANK = 2 << 30, 4, 32
+MAX_ADAPTERS, MAX_RANK = 4, 32
 BATCH = dict(max_num_seqs=128, max_num_batched_tokens=2048, block_size=32)
 # What our engine sets in its own process; both are to be started alike.
 ENVIRONMENT = {
@@ -40,6 +40,7 @@ def main() -> None:
     from vllm.sampling_params import SamplingParams as VllmParams
 
     requests, max_tokens = (8, 4) if chosen.quick else (128, 32)
+    kv_bytes = 1 << 26 if chosen.quick else 2 << 30
     renderer = ChatRenderer.from_model(chosen.model)
 
     def prompts(turn: int) -> list[list[int]]:
@@ -52,7 +53,7 @@ def main() -> None:
         max_adapters=MAX_ADAPTERS, max_rank=MAX_RANK, dtype="float32", eager=True, more=BATCH
     )
     service = tinsmith.connect(
-        num_cpus=os.cpu_count(), engine="vllm", vllm=engine, kv_bytes=KV_BYTES
+        num_cpus=os.cpu_count(), engine="vllm", vllm=engine, kv_bytes=kv_bytes
     ).sync
     client = service.create_sampling_client(base_model=chosen.model).client
     raw = LLM(
@@ -63,7 +64,7 @@ def main() -> None:
         enable_lora=True,
         max_loras=MAX_ADAPTERS,
         max_lora_rank=MAX_RANK,
-        kv_cache_memory_bytes=KV_BYTES,
+        kv_cache_memory_bytes=kv_bytes,
         worker_extension_cls=WORKER,
         **BATCH,
     )

@@ -16,7 +16,7 @@ from tinker import types
 from tinker.proto import request_conv, response_conv
 from tinker.proto import tinker_public_pb2 as pb
 
-from tests.data import text_datum
+from tests.data import text_datum, untimed
 from tests.gateway.sdk import prompt, sdk_datum
 from tests.gateway.serving import serving
 from tinsmith.gateway import sampling_routes
@@ -74,7 +74,8 @@ class Raw:
         for _ in range(60):
             answer = self.fetch(request_id).raise_for_status()
             if "protobuf" in answer.headers["content-type"]:
-                return response_conv.deserialize_forward_backward_output(answer.content).metrics
+                metrics = response_conv.deserialize_forward_backward_output(answer.content).metrics
+                return untimed(metrics)
             if answer.json().get("type") != "try_again":
                 return answer.json()
         raise TimeoutError(request_id)
