@@ -79,7 +79,7 @@ def main() -> None:
         name: {str(n): round(rate, 1) for n, rate in sweep.items()}
         for name, sweep in sweeps.items()
     }
-    report("tokens/s", most, one, most / one, chosen.runs, **tables)
+    report("tokens/s", most, one, most / one, chosen.runs, sweeps=tables)
 
 
 def rates(engine: LearnerEngine, points: dict[int, Batches], runs: int) -> dict[int, float]:
