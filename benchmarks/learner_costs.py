@@ -1,8 +1,8 @@
 """What a token costs the learner: by number of runs, length of sequences and size of groups.
 
 Three sweeps of `forward_backward` with rank-16 adapters on attention and MLP: 2,048 tokens with a
-loss on all of them, as 64 sequences of 1 to 64 runs; the same as sequences of 64 to 4,096 tokens of one run
-(4,096 tokens from there on); and a group of 1 to 32 completions of 64 tokens after a prompt of 512,
+loss on all of them, as 64 sequences of 1 to 64 runs; one run's sequences of 64 to 4,096 tokens, as many
+as make 2,048 tokens, but at least one; and a group of 1 to 32 completions of 64 tokens after a prompt of 512,
 with a loss on the completions. `ours` is the rate at 64 runs, `theirs` at one. Writes a plot beside
 this script (with `--quick`, none), and the tables as Markdown to stderr.
 """

@@ -23,9 +23,9 @@ class FairQueue:
         """A run that had nothing to do has something again."""
         self._had[run] = max(self._had.get(run, 0.0), self._level)
 
-    def order(self, waiting: Iterable[str]) -> list[str]:
-        """Those that wait, the next first; of equals, in the order given."""
-        return sorted(waiting, key=lambda run: self._had.get(run, 0.0))
+    def next(self, waiting: Iterable[str]) -> str:
+        """Of those that wait; of equals, the first given."""
+        return min(waiting, key=lambda run: self._had.get(run, 0.0))
 
     def charge(self, run: str, rows: int) -> None:
         had = self._had.get(run, 0.0)

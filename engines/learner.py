@@ -338,7 +338,7 @@ class LearnerEngine:
         chosen: list[_Part] = []
         waiting = {run_id: tasks[0] for run_id, tasks in self._tasks.items() if tasks[0].units}
         while waiting:
-            run_id = self.queue.order(waiting)[0]
+            run_id = self.queue.next(waiting)
             task = waiting[run_id]
             fits = not chosen or (
                 task.backward == chosen[0].task.backward and len(task.units[0].pack.tokens) <= room
@@ -464,9 +464,9 @@ class LearnerEngine:
     def optim_steps(self, due: Mapping[str, AdamParams]) -> list[OptimStepResponse]:
         """A step of each of these runs, in one pass over their memory where it holds them all."""
         with ExitStack() as held:
-            runs = []
-            for run_id, adam in due.items():
-                runs.append((held.enter_context(self.runs.using(run_id)), adam))
+            runs = [
+                (held.enter_context(self.runs.using(run_id)), adam) for run_id, adam in due.items()
+            ]
             started = time.perf_counter()
             with record_function("optimizer"):
                 norms = adam_steps(

@@ -289,7 +289,7 @@ def test_turns_follow_the_shares(shares, sizes):
     for run in queue.weights:
         queue.arrive(run)
     for turn in range(500):
-        run = queue.order(queue.weights)[0]
+        run = queue.next(queue.weights)
         rows = sizes[(turn * 7 + int(run)) % len(sizes)]
         queue.charge(run, rows)
         had[int(run)] += rows
@@ -306,7 +306,7 @@ def test_who_pauses_is_owed_nothing():
     queue.arrive("b")
     turns = []
     for _ in range(10):
-        run = queue.order(["a", "b"])[0]
+        run = queue.next(["a", "b"])
         queue.charge(run, 10)
         turns.append(run)
     assert 4 <= turns.count("a") <= 6
