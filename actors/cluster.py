@@ -69,6 +69,7 @@ def connect(
     vllm: VllmOptions | None = None,
     learners: int = 1,
     base_weights: BaseWeights = "auto",
+    reorder_sampler_weights: bool = False,
     samplers: int | Replicas = 1,
     placement: Placement | None = None,
     verbose: bool = False,
@@ -93,6 +94,8 @@ def connect(
         base_weights: what learners and torch samplers keep the frozen weights in: `fp32`, `bf16`,
             quantised to `int8` or `nf4` (QLoRA), or `auto`: on a GPU bf16 for a model stored in it,
             else fp32.
+        reorder_sampler_weights: torch samplers keep a second copy of fp32 weights, in the order that a
+            CPU's products are quickest with, where they otherwise share the learner's.
         samplers: how many a base model has: a number, or `Replicas` for as many as it takes.
         placement: what learners, samplers and environment workers reserve of the cluster
             (default: GPUs, where there are any).
@@ -121,6 +124,7 @@ def connect(
             learners=learners,
             vllm=chosen_engine(engine, vllm, base_weights),
             base_weights=base_weights,
+            reorder_sampler_weights=reorder_sampler_weights,
             replicas=Replicas.of(samplers),
             placement=placement,
         ),

@@ -72,6 +72,7 @@ class Controller:
         run_bytes: int | None = None,
         learners: int = 1,
         base_weights: BaseWeights = "auto",
+        reorder_sampler_weights: bool = False,
     ) -> None:
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
@@ -83,6 +84,7 @@ class Controller:
         self.learners = learners
         self.vllm = vllm
         self.base_weights: BaseWeights = base_weights
+        self.reorder_sampler_weights = reorder_sampler_weights
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
         self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
@@ -223,6 +225,7 @@ class Controller:
                 vllm=self.vllm,
                 weights=self.base_weights,
                 copies=models.copies_folder(self.home),
+                reorder=self.reorder_sampler_weights,
             )
             actor = (
                 ray.remote(SamplerPool)

@@ -37,6 +37,7 @@ class Sampler(Withdrawable):
             vLLM on a GPU, its own share of the device).
         vllm: sample by vLLM, started so.
         weights, copies: of the torch engine's `Backbone`.
+        reorder: of the `SamplerEngine`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Sampler(Withdrawable):
         vllm: VllmOptions | None = None,
         weights: BaseWeights = "auto",
         copies: Path | None = None,
+        reorder: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -57,7 +59,7 @@ class Sampler(Withdrawable):
         else:
             set_engine_threads(num_threads)
             backbone = Backbone(model_path, weights, engine_device(), copies=copies)
-            self.engine = _torch_engine(backbone, kv_bytes)
+            self.engine = _torch_engine(backbone, kv_bytes, reorder)
 
     async def ping(self) -> str:
         """
@@ -118,7 +120,7 @@ def _vllm_engine(model_path: str, kv_bytes: int | None, options: VllmOptions) ->
     return VllmEngine(model_path, tokenizer, kv_bytes=_vllm_kv_bytes(kv_bytes), options=options)
 
 
-def _torch_engine(backbone: Backbone, kv_bytes: int | None) -> Any:
+def _torch_engine(backbone: Backbone, kv_bytes: int | None, reorder: bool) -> Any:
     tokenizer = load_tokenizer(backbone.path)
     size = _host_kv_bytes() if kv_bytes is None else kv_bytes
-    return EngineThread(SamplerEngine(backbone, tokenizer, kv_bytes=size))
+    return EngineThread(SamplerEngine(backbone, tokenizer, kv_bytes=size, reorder=reorder))

@@ -1,6 +1,6 @@
 """Sampling one request alone, 64 new tokens, against Hugging Face generate with batch 1.
 
-The prompt is the first of the demo's task. Ours: the torch sampling engine, a new one each run.
+The prompt is the first of the demo's task. Ours: the torch sampling engine, a new one each run, base weights reordered.
 Both sample at temperature 1 with no stop token, in fp32, in this process.
 """
 

@@ -46,6 +46,13 @@ BaseWeights = Annotated[
         "else fp32."
     ),
 ]
+ReorderSamplerWeights = Annotated[
+    bool,
+    typer.Option(
+        "--reorder-sampler-weights",
+        help="Torch samplers keep a second copy of fp32 weights, which is quicker on a CPU.",
+    ),
+]
 Samplers = Annotated[int, typer.Option(min=1, help="Samplers of each base model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 RunDir = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..primitives.errors import Unavailable
-from .options import Address, BaseWeights, Engine, Home, Learners, Samplers
+from .options import Address, BaseWeights, Engine, Home, Learners, ReorderSamplerWeights, Samplers
 
 
 def serve(
@@ -48,6 +48,7 @@ def serve(
     engine: Engine = "auto",
     learners: Learners = 1,
     base_weights: BaseWeights = "auto",
+    reorder_sampler_weights: ReorderSamplerWeights = False,
     samplers: Samplers = 1,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the actors' output.")] = False,
 ) -> None:
@@ -84,6 +85,7 @@ def serve(
             engine=engine,
             learners=learners,
             base_weights=base_weights,
+            reorder_sampler_weights=reorder_sampler_weights,
             samplers=samplers,
             verbose=verbose,
         ) as service:

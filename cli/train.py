@@ -21,6 +21,7 @@ from .options import (
     Home,
     Imports,
     Learners,
+    ReorderSamplerWeights,
     Resume,
     RunDir,
     Samplers,
@@ -42,6 +43,7 @@ def train(
     engine: Engine = "auto",
     learners: Learners = 1,
     base_weights: BaseWeights = "auto",
+    reorder_sampler_weights: ReorderSamplerWeights = False,
     samplers: Samplers = 1,
     as_json: AsJson = False,
     **flags: Any,
@@ -64,6 +66,7 @@ def train(
         home=home,
         engine=engine,
         base_weights=base_weights,
+        reorder_sampler_weights=reorder_sampler_weights,
         learners=learners,
         samplers=samplers,
     )

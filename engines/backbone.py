@@ -196,6 +196,12 @@ class Backbone:
         self.lora.spans = spans
         return self.model.get_submodule(UNEMBED)(hidden_ND)
 
+    def reorder(self) -> None:
+        """Keep a second copy of the linear layers' weights: see `LoraLinear.reorder`."""
+        for name in self.targets:
+            layer: Any = self.model.get_submodule(name)
+            layer.reorder()
+
     @property
     def unembedding(self) -> Tensor:
         """The frozen output matrix `[V, D]`."""

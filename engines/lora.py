@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..primitives.types import LoraConfig
-from .products import rows_times, rows_times_transposed
+from .products import reorder, rows_times, rows_times_transposed
 from .quantized import PackedWeight
 
 ATTN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -126,18 +125,14 @@ class LoraContext:
         self.spans: Sequence[Span] = ()
 
 
-def _forward(x_TI, weight, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
-    y_TO = rows_times(x_TI, weight(), bias_O)
+def _add_adapters(y_TO, x_TI, spans, *factors):  # type: ignore[no-untyped-def]
+    """Adds `scale x A' B'` to `y` in place, and returns each span's `x A'`."""
     projected = []
     for (start, stop, scale), a_RI, b_OR in zip(spans, factors[::2], factors[1::2], strict=True):
         xa_SR = rows_times(x_TI[start:stop], a_RI.to(x_TI.dtype))
         y_TO[start:stop].addmm_(xa_SR, b_OR.to(x_TI.dtype).T, alpha=scale)
         projected.append(xa_SR)
-    return y_TO, projected
-
-
-def _without_gradient(*args: Any) -> Tensor:
-    return _forward(*args)[0]
+    return projected
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -146,7 +141,8 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TI, weight, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
-        y_TO, projected = _forward(x_TI, weight, bias_O, spans, *factors)
+        y_TO = rows_times(x_TI, weight(), bias_O)
+        projected = _add_adapters(y_TO, x_TI, spans, *factors)
         ctx.weight, ctx.spans = weight, spans
         ctx.save_for_backward(x_TI if spans else None, *factors, *projected)
         return y_TO
@@ -191,6 +187,7 @@ class LoraLinear(nn.Module):
         self.packed, self.bias = packed, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         self.name, self.context = name, context
+        self.reordered: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The frozen weight `[O, I]`, in the dtype that the model computes in."""
@@ -198,6 +195,11 @@ class LoraLinear(nn.Module):
             return self.packed.dense()
         assert self.weight is not None
         return self.weight
+
+    def reorder(self) -> None:
+        """Keep a second copy of the weight, with which passes without gradient are quicker."""
+        if self.packed is None and self.reordered is None:
+            self.reordered = reorder(self.dense())
 
     def forward(self, x: Tensor) -> Tensor:
         spans: list[tuple[int, int, float]] = []
@@ -208,6 +210,9 @@ class LoraLinear(nn.Module):
                 spans.append((span.start, span.stop, span.adapter.layout.scale))
                 factors.extend(weights)
         flat = x.reshape(-1, self.in_features)
-        apply = _LoraLinear.apply if torch.is_grad_enabled() else _without_gradient
-        y = apply(flat, self.dense, self.bias, spans, *factors)
+        if torch.is_grad_enabled():
+            y = _LoraLinear.apply(flat, self.dense, self.bias, spans, *factors)
+        else:
+            y = rows_times(flat, self.dense(), self.bias, self.reordered)
+            _add_adapters(y, flat, spans, *factors)
         return y.view(*x.shape[:-1], self.out_features)

@@ -120,6 +120,7 @@ class SamplerEngine:
         kv_bytes: memory for keys and values.
         max_batch: sequences that draw at once.
         max_step_rows: rows of one pass.
+        reorder: keep a second copy of the base weights, ordered for quick products (fp32 on a CPU).
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class SamplerEngine:
         block_size: int = 16,
         max_batch: int = 256,
         max_step_rows: int = 768,
+        reorder: bool = False,
     ) -> None:
         self.backbone, self.tokenizer = backbone, tokenizer
         self.block_size, self.max_batch, self.max_step_rows = block_size, max_batch, max_step_rows
@@ -143,6 +145,8 @@ class SamplerEngine:
                 f"kv_bytes={kv_bytes} holds not one block of {block_size} tokens "
                 f"({token_bytes * block_size} bytes)"
             )
+        if reorder:
+            backbone.reorder()
         self.pool = BlockPool(num_blocks)
         self.cache = KVCache(
             backbone.num_layers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tinsmith.engines.products import rows_times, rows_times_transposed
+from tinsmith.engines.products import reorder, rows_times, rows_times_transposed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -19,6 +19,8 @@ def test_products_equal_plain_ones(rows, bias, dtype):
     wanted = x.double() @ w.double().T + (b.double() if bias else 0)
     tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(wanted.abs().max())
     torch.testing.assert_close(y.double(), wanted, rtol=0, atol=tolerance)
+    again = rows_times(x, w, b if bias else None, reorder(w))
+    torch.testing.assert_close(again.double(), wanted, rtol=0, atol=tolerance)
     back = rows_times_transposed(y, w)
     wanted = y.double() @ w.double()
     tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(wanted.abs().max())

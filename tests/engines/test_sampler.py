@@ -69,10 +69,13 @@ def seeded(prompt, seed, tokens=12, policy=BASE_MODEL, samples=1, **params):
     )
 
 
-def test_greedy_tokens_and_logprobs_equal_generates(model_path):
+@pytest.mark.parametrize("reorder", [False, True])
+def test_greedy_tokens_and_logprobs_equal_generates(model_path, reorder):
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    engine = SamplerEngine(Backbone(model_path), tokenizer, kv_bytes=1 << 24, max_step_rows=48)
+    engine = SamplerEngine(
+        Backbone(model_path), tokenizer, kv_bytes=1 << 24, max_step_rows=48, reorder=reorder
+    )
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 336, n) for n in (1, 5, 16, 33, 60, 100)]
     numbers = [engine.submit(greedy(p, 20)) for p in prompts]
