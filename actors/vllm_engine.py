@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
+import transformers
 
 from ..engines.adapter_files import adapter_config, tensor_shapes
 from ..engines.adapter_store import BASE, AdapterKey, AdapterStore
@@ -81,7 +81,7 @@ class VllmEngine:
         kv_bytes: int | None = None,
         options: VllmOptions | None = None,
     ) -> None:
-        config = AutoConfig.from_pretrained(model_path)
+        config = transformers.AutoConfig.from_pretrained(model_path)
         self.tokenizer, self.options = tokenizer, options or VllmOptions()
         self.vocab_size: int = config.vocab_size
         self.max_context: int = config.max_position_embeddings

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..primitives.errors import InvalidInput
 from ..primitives.types import LoraConfig
@@ -50,9 +49,6 @@ def _call_attention(module, query, key, value, attention_mask, scaling, **kwargs
     return out_THE[None], None
 
 
-AttentionInterface.register("tinsmith", _call_attention)
-
-
 def adapter_targets(model: nn.Module) -> dict[str, tuple[int, int]]:
     """The linear layers that an adapter may train: name -> (inputs, outputs)."""
     return {
@@ -66,7 +62,11 @@ def adapter_targets(model: nn.Module) -> dict[str, tuple[int, int]]:
 def targets_of_folder(path: str | Path) -> dict[str, tuple[int, int]]:
     """`adapter_targets` of a model folder, without its weights."""
     with torch.device("meta"):
-        return adapter_targets(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
+        return adapter_targets(
+            transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.from_pretrained(path)
+            )
+        )
 
 
 def _stored(path: str | Path, config: Any) -> str:
@@ -102,8 +102,12 @@ class Backbone:
         *,
         copies: Path | None = None,
     ) -> None:
+        # What makes importing transformers slow: those that hold no model are spared it.
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        transformers.AttentionInterface.register("tinsmith", _call_attention)
         check_base_weights(weights)
-        config = AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type not in SUPPORTED_FAMILIES:
             raise InvalidInput(
                 f"base model {str(path)!r} is of family {config.model_type!r}; "
@@ -158,7 +162,7 @@ class Backbone:
         path, dtype = Path(self.path), self.dtype if self.weights not in QUANTIZED else "auto"
         if copies is not None and self.device.type == "cpu" and self.weights not in QUANTIZED:
             path = mappable(path, self.dtype, copies)
-        return AutoModelForCausalLM.from_pretrained(
+        return transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="tinsmith"
         )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
 
 from .backbone import DTYPES, Backbone
 from .base_weights import QUANTIZED, BaseWeights
@@ -168,9 +168,9 @@ def state_bytes(layouts: Iterable[AdapterLayout]) -> int:
 def weights_bytes(path: str | Path, weights: BaseWeights) -> int:
     """Of a model folder's base weights kept in `weights` ("fp32" or "bf16"), a matrix that is both
     embedding and output counted once."""
-    config = AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     return numbers * DTYPES[weights].itemsize
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors.torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
 
 from ..primitives.errors import InvalidInput
 from .adapter_files import read_factors
@@ -42,7 +42,7 @@ def merge_adapter(
     config = json.loads((base / "config.json").read_text())
     if "quantization_config" in config:
         raise InvalidInput(f"{base} is quantized: merge into the model it was made from")
-    untie = UNEMBED in factors and AutoConfig.from_pretrained(base).tie_word_embeddings
+    untie = UNEMBED in factors and transformers.AutoConfig.from_pretrained(base).tie_word_embeddings
     if untie:
         config["tie_word_embeddings"] = False
     total, size = len(factors), 0
@@ -68,9 +68,9 @@ def merge_adapter(
     if len(set(where.values())) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
     if not (folder / "generation_config.json").exists():
-        GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder)).save_pretrained(
-            folder
-        )
+        transformers.GenerationConfig.from_model_config(
+            transformers.AutoConfig.from_pretrained(folder)
+        ).save_pretrained(folder)
 
 
 def _merged(name: str, weight_OI: Tensor, scale: float, a_RI: Tensor, b_OR: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, GenerationConfig
+import transformers
 
 from ..primitives.errors import InvalidInput
 from ..primitives.types import SampleRequest
@@ -52,9 +52,9 @@ def _check_vocabulary(request: SampleRequest, size: int) -> None:
 def end_tokens(path: str | Path, tokenizer: Any) -> frozenset[int]:
     """End tokens of the tokenizer and of the model's own settings."""
     ends = {tokenizer.eos_token_id}
-    sources = [AutoConfig.from_pretrained(path).eos_token_id]
+    sources = [transformers.AutoConfig.from_pretrained(path).eos_token_id]
     if (Path(path) / "generation_config.json").exists():
-        sources.append(GenerationConfig.from_pretrained(path).eos_token_id)
+        sources.append(transformers.GenerationConfig.from_pretrained(path).eos_token_id)
     for source in sources:
         ends |= set(source) if isinstance(source, list) else {source}
     return frozenset(end for end in ends if end is not None)

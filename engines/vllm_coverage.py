@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+import transformers
 
 from ..primitives.errors import InvalidInput
 from ..primitives.types import LoraConfig
@@ -59,7 +59,7 @@ class Coverage:
     @classmethod
     def of(cls, path: str | Path, options: VllmOptions) -> Coverage:
         """Of a model folder; its weights are not read."""
-        config, targets = AutoConfig.from_pretrained(path), targets_of_folder(path)
+        config, targets = transformers.AutoConfig.from_pretrained(path), targets_of_folder(path)
         groups = {_group(name) for name in targets}
         reasons = {group: _why_not(group, config, options) for group in groups}
         return cls(
