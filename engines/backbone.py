@@ -202,9 +202,9 @@ class Backbone:
 
     def reorder(self) -> None:
         """Keep a second copy of the linear layers' weights: see `LoraLinear.reorder`."""
-        for name in self.targets:
-            layer: Any = self.model.get_submodule(name)
-            layer.reorder()
+        for module in self.model.modules():
+            if isinstance(module, LoraLinear):
+                module.reorder()
 
     @property
     def unembedding(self) -> Tensor:
