@@ -24,6 +24,7 @@ from .types import (
     AdamParams,
     Checkpoint,
     Datum,
+    ExpertAdapters,
     ForwardBackwardOutput,
     LoraConfig,
     Match,
@@ -558,6 +559,8 @@ class ServiceClient(HasSync):
         train_attn: bool = True,
         train_mlp: bool = True,
         train_unembed: bool = True,
+        train_router: bool = False,
+        experts: ExpertAdapters = "each",
         user_metadata: Mapping[str, Any] | None = None,
     ) -> Op[TrainingClient]:
         """Start a training run on `base_model`: a local folder, a model's short name or a Hugging
@@ -567,7 +570,9 @@ class ServiceClient(HasSync):
             InvalidInput: a rank below 1, an unsupported model family.
             NotFound: no such model.
         """
-        lora = LoraConfig(rank, alpha, seed, train_attn, train_mlp, train_unembed)
+        lora = LoraConfig(
+            rank, alpha, seed, train_attn, train_mlp, train_unembed, train_router, experts
+        )
         run_id = uuid.uuid4().hex[:12]
         return self._training(
             "create_run", run_id, base_model, lora, None, False, _json_values(user_metadata)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -17,6 +17,7 @@ Message: TypeAlias = dict[str, Any]
 """A chat message: at least `role` and `content`, as chat templates read them."""
 
 StopReason = Literal["stop", "length"]
+ExpertAdapters = Literal["each", "shared"]
 MAX_SEED = (1 << 63) - 1
 
 
@@ -107,6 +108,12 @@ class LoraConfig:
 
     `alpha` defaults to 32 whatever the rank, so that one learning rate serves all ranks
     (Schulman et al., "LoRA Without Regret", 2025).
+
+    Attributes:
+        train_mlp: the MLP layers, routed experts among them.
+        train_router: the routers of a mixture-of-experts model, which choose experts.
+        experts: "each" routed expert has an A and B of this rank of its own, or all those of a layer
+            have "shared" ones, E times fewer parameters.
     """
 
     rank: int = 32
@@ -115,14 +122,19 @@ class LoraConfig:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    train_router: bool = False
+    experts: ExpertAdapters = "each"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise InvalidInput(f"rank must be an integer of at least 1, got {self.rank!r}")
         if not np.isfinite(self.alpha) or self.alpha <= 0:
             raise InvalidInput(f"alpha must be a positive number, got {self.alpha!r}")
-        if not (self.train_attn or self.train_mlp or self.train_unembed):
-            raise InvalidInput("set at least one of train_attn, train_mlp, train_unembed")
+        if self.experts not in get_args(ExpertAdapters):
+            raise InvalidInput(f'experts must be "each" or "shared", got {self.experts!r}')
+        groups = ("train_attn", "train_mlp", "train_unembed", "train_router")
+        if not any(getattr(self, group) for group in groups):
+            raise InvalidInput(f"set at least one of {', '.join(groups)}")
         _check_seed(self.seed)
 
 
