@@ -3,6 +3,8 @@ by PEFT; and what company does to a run on it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,7 @@ from tinsmith.engines.adapter_files import (
     write_adapter,
 )
 from tinsmith.engines.backbone import Backbone, targets_of_folder
-from tinsmith.engines.experts import Pairs, RoutedExperts, Router
+from tinsmith.engines.experts import FILLED, Pairs, RoutedExperts, Router
 from tinsmith.engines.learner import LearnerEngine
 from tinsmith.engines.lora import AdapterLayout, LoraContext
 from tinsmith.engines.merge import merge_adapter
@@ -114,7 +116,7 @@ def test_work_follows_the_pairs(monkeypatch):
         _, weights, ids = router(x)
         routed(x, ids, weights)
     chosen = ids.unique(return_counts=True)[1].tolist()
-    assert sizes == 2 * [max(2, count) for count in chosen]
+    assert sizes == [-(-count // FILLED) * FILLED for count in chosen for _ in range(2)]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -135,13 +137,56 @@ def test_pairs_are_sorted_by_expert_and_cut_by_span(rows, experts, k, edges):
     assert torch.equal(pairs.rows_P[pairs.places_TK], torch.arange(rows)[:, None].expand(-1, k))
     assert torch.equal(expert_P[pairs.places_TK], ids_TK)
     assert torch.equal(pairs.ends_E, torch.bincount(expert_P, minlength=experts).cumsum(0).int())
-    seen = torch.cat([torch.full((stop - start,), e) for e, start, stop in pairs.blocks])
+    seen = torch.cat([torch.full((b.stop - b.start,), b.expert) for b in pairs.blocks])
     assert torch.equal(seen, expert_P)
-    for (start, stop), blocks in zip(spans, pairs.parts, strict=True):
-        mine = [i for _, a, b in blocks for i in range(a, b)]
+    assert [b.start for b in pairs.blocks] == [0, *(b.stop for b in pairs.blocks[:-1])]
+    (whole,) = Pairs.of(ids_TK, experts, spans, whole=True).blocks
+    assert (whole.start, whole.stop, whole.expert) == (0, rows * k, None)
+    cut = [
+        replace(c, start=c.start + b.start, stop=c.stop + b.start)
+        for b in pairs.blocks
+        for c in b.cells
+    ]
+    assert cut == whole.cells
+    for number, (start, stop) in enumerate(spans):
+        cells = [cell for cell in cut if cell.span == number]
+        mine = [i for cell in cells for i in range(cell.start, cell.stop)]
         inside = (pairs.rows_P >= start) & (pairs.rows_P < stop)
         assert mine == inside.nonzero()[:, 0].tolist()
-        assert all((expert_P[a:b] == e).all() for e, a, b in blocks)
+        assert pairs.sizes[number] == len(mine)
+        sizes = [cell.stop - cell.start for cell in cells]
+        assert [cell.place for cell in cells] == [0, *accumulate(sizes)][: len(cells)]
+        assert all((expert_P[c.start : c.stop] == c.expert).all() for c in cells)
+
+
+def test_one_block_of_all_gives_the_same(moe, monkeypatch):
+    """As on a GPU, by `grouped_mm`; to 1e-5 of the largest gradient."""
+    mix = [
+        {
+            "rank": r,
+            "alpha": 8.0,
+            "groups": "mlp router",
+            "experts": e,
+            "loss_fn": "ppo",
+            "leaves": 4,
+            "seed": r,
+        }
+        for r, e in ((4, "each"), (3, "shared"))
+    ]
+    runs = []
+    for whole in (False, True):
+        monkeypatch.setattr(experts_module, "_grouped", lambda *_, w=whole: w)
+        engine = LearnerEngine(moe)
+        outcomes = together(engine, batches_of(engine, mix))
+        runs.append((engine, outcomes))
+    (loop, ours), (grouped, theirs) = runs
+    for run_id in ours:
+        for a, b in zip(ours[run_id].loss_fn_outputs, theirs[run_id].loss_fn_outputs, strict=True):
+            np.testing.assert_allclose(a["logprobs"], b["logprobs"], atol=1e-5)
+        grad = loop.runs[run_id].grad
+        torch.testing.assert_close(
+            grouped.runs[run_id].grad, grad, rtol=0, atol=1e-5 * float(grad.abs().max())
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
