@@ -304,6 +304,10 @@ class VllmEngine:
 
     def _draws(self, request: SampleRequest, listener: Listener | None = None) -> list[Draw]:
         max_tokens = check_request(request, self.vocab_size, self.max_context)
+        if request.return_routed_experts:
+            raise InvalidInput(
+                "return_routed_experts: only the torch engine tells; connect with engine='torch'"
+            )
         longest = len(request.prompt) + max_tokens
         needed = -(-(longest - 1) // self.stats.block_size)
         if needed > self.stats.num_blocks:

@@ -4,7 +4,8 @@ A choice depends on the last bits of a router's logits wherever two experts are 
 trainer and a sampler, which add up in other orders, choose differently now and then, and their
 logprobs part. Replaying the sampler's choice in training closes that (Ma et al., "Stabilizing MoE
 Reinforcement Learning by Aligning Training and Inference Routers", 2025); the routing weights are the
-trainer's own, so that gradients reach the router.
+trainer's own, so that gradients reach the router. The choice is called `routed_experts` in samples and
+datums, as in vLLM and verl.
 
 Dimension names: T packed rows, L layers with routers, K experts of a row, E experts.
 """
@@ -16,10 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-
-ROUTED_EXPERTS = "routed_experts"
-"""What the choice is called in a datum and in a sample, as vLLM and verl call it: integers
-`[tokens, L, K]`, -1 where the router is to choose."""
 
 
 class Routing:
@@ -39,9 +36,9 @@ class Routing:
         self.entropy_L: list[Tensor] = [torch.empty(0)] * layers
 
     @property
-    def dtype(self) -> np.dtype:
-        """The smallest that holds an expert's index."""
-        return np.min_scalar_type(self.experts - 1)
+    def dtype(self) -> type[np.integer]:
+        """In which choices are kept."""
+        return np.uint8 if self.experts <= 256 else np.int16
 
     def chosen(self, layer: int, p_TE: Tensor, k: int) -> Tensor:
         """Int64 `[T, K]`, most probable first where the router chooses."""

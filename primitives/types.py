@@ -19,6 +19,7 @@ Message: TypeAlias = dict[str, Any]
 StopReason = Literal["stop", "length"]
 ExpertAdapters = Literal["each", "shared"]
 MAX_SEED = (1 << 63) - 1
+ROUTED_EXPERTS = "routed_experts"
 
 
 def token_array(tokens: Any, what: str = "tokens") -> np.ndarray:
@@ -77,6 +78,8 @@ class Datum:
     `loss_fn_inputs` holds arrays of length T (`target_tokens` int64; `weights`, `logprobs`,
     `advantages`, ... float32). For `cross_entropy`, `target_tokens` and `weights` may also be
     `[T, K]`: K weighted targets per position (soft targets), with weight 0 where there are fewer.
+    For mixtures of experts, `routed_experts` `[T, layers, k]` may be there too, integers: the experts that
+    each token is to go through, as a `SampledSequence` has them; -1 where the router is to choose.
     torch tensors and lists are accepted and copied to numpy.
     """
 
@@ -235,7 +238,8 @@ class SampleRequest:
     """One call of `SamplingClient.sample`, as the sampling engines take it.
 
     `target_prompt_logprobs` int64 `[T - 1, K]`: row i names tokens to score at prompt position
-    i + 1; -1 names none.
+    i + 1; -1 names none. `return_routed_experts`: of a mixture of experts, which ones each token went
+    through.
     """
 
     prompt: np.ndarray
@@ -248,6 +252,7 @@ class SampleRequest:
     target_prompt_logprobs: np.ndarray | None = None
     prompt_alt_tokens_k: int = 0
     topk_sample_logprobs: int = 0
+    return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_array(self.prompt, "prompt"))
@@ -307,13 +312,18 @@ class TokenLogprobs:
 class SampledSequence:
     """One completion: tokens int64 `[T]`, logprobs float32 `[T]` of the temperature-scaled
     distribution (before top_k and top_p), versions int32 `[T]` of the policy per token, and, if
-    asked for, the K likeliest tokens of that distribution per token, likeliest first."""
+    asked for, the K likeliest tokens of that distribution per token, likeliest first.
+
+    `routed_experts`, if asked for: the experts that each of the P prompt tokens and of the sampled ones but
+    the last, which is never fed to the model, went through: uint8 or int16 `[P + T - 1, layers, k]`.
+    """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
     stop_reason: StopReason
     topk_logprobs: TokenLogprobs | None = None
+    routed_experts: np.ndarray | None = None
 
     @classmethod
     def of(cls, tokens: Sequence[SampledToken]) -> SampledSequence:
