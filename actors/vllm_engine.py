@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import transformers
 
-from ..engines.adapter_files import adapter_config, tensor_shapes
+from ..engines.adapter_files import adapter_config, peft_modules, tensor_places
 from ..engines.adapter_store import BASE, AdapterKey, AdapterStore
 from ..engines.lora import AdapterLayout
 from ..engines.prompt_scores import PromptScores
@@ -173,9 +173,9 @@ class VllmEngine:
         """
         kind = str(hash((replace(layout.config, seed=None), *layout.targets)))
         if kind not in self._kinds:
-            unserved = await self._workers("unserved_modules", list(layout.targets))
+            unserved = await self._workers("unserved_modules", peft_modules(layout))
             self.coverage.refuse(set.intersection(*map(set, unserved)))
-            described = adapter_config(layout, base_model=""), tensor_shapes(layout)
+            described = adapter_config(layout, base_model=""), tensor_places(layout)
             await self._workers("describe_adapters", kind, *described)
             self._kinds.add(kind)
         return kind
@@ -304,6 +304,10 @@ class VllmEngine:
 
     def _draws(self, request: SampleRequest, listener: Listener | None = None) -> list[Draw]:
         max_tokens = check_request(request, self.vocab_size, self.max_context)
+        if request.return_routed_experts:
+            raise InvalidInput(
+                "return_routed_experts: only the torch engine tells; connect with engine='torch'"
+            )
         longest = len(request.prompt) + max_tokens
         needed = -(-(longest - 1) // self.stats.block_size)
         if needed > self.stats.num_blocks:

@@ -22,6 +22,13 @@ DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def options(description: str | None) -> argparse.Namespace:
     """`--model` (resolved to a folder), `--runs`, `--quick`."""
+    chosen = options_without_model(description)
+    chosen.model = str(tinsmith.resolve_model(chosen.model, tinsmith.default_home(), say))
+    return chosen
+
+
+def options_without_model(description: str | None) -> argparse.Namespace:
+    """The same, of a benchmark that loads no model: `--model` is left alone."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--model", default=DEMO_MODEL, help="folder, name or Hugging Face id")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each side")
@@ -29,7 +36,6 @@ def options(description: str | None) -> argparse.Namespace:
     chosen = parser.parse_args()
     if chosen.quick:
         chosen.runs = 1
-    chosen.model = str(tinsmith.resolve_model(chosen.model, tinsmith.default_home(), say))
     return chosen
 
 

@@ -1,4 +1,10 @@
-"""Adapters on disk, in PEFT's format: what PEFT saves is read here, and the other way round."""
+"""Adapters on disk, in PEFT's format: what PEFT saves is read here, and the other way round.
+
+A layer's routed experts are there one by one, as `experts.<e>.gate_proj`, `up_proj` and `down_proj`:
+the names of a mixture of experts' own weights on disk, under which vLLM takes adapters for it, and
+which PEFT fuses when it loads them onto transformers' fused experts. A and B that all experts share
+are therefore written once for each; neither knows them in another way.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +21,18 @@ from ..primitives.errors import InvalidInput
 from .lora import AdapterLayout
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PARTS = ("lora_A", "lora_B")
 _PREFIX = "base_model.model."
 
 
 def write_adapter(layout: AdapterLayout, params: Tensor, base_model: str) -> dict[str, bytes]:
     """The two files of a PEFT LoRA adapter, by name. `params` is the flat buffer."""
-    tensors = {}
-    for name, (a, b) in layout.views(params).items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
+    tensors = {
+        name: params[start : start + rows * columns].view(rows, columns)
+        for name, (start, rows, columns) in tensor_places(layout).items()
+    }
+    if layout.config.experts == "shared":  # safetensors refuses tensors that share their memory
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     config = adapter_config(layout, base_model)
     return {
         WEIGHTS: safetensors.torch.save(tensors, {"format": "pt"}),
@@ -53,13 +62,30 @@ def adapter_config(layout: AdapterLayout, base_model: str) -> dict[str, Any]:
     }
 
 
-def tensor_shapes(layout: AdapterLayout) -> dict[str, list[int]]:
-    """PEFT's names of an adapter's tensors with their shapes, in the order of the flat buffer."""
-    shapes = {}
-    for name, (inputs, outputs) in layout.targets.items():
-        shapes[f"{_PREFIX}{name}.lora_A.weight"] = [layout.config.rank, inputs]
-        shapes[f"{_PREFIX}{name}.lora_B.weight"] = [outputs, layout.config.rank]
-    return shapes
+def tensor_places(layout: AdapterLayout) -> dict[str, tuple[int, int, int]]:
+    """PEFT's names of an adapter's tensors; where each starts in the flat buffer, its rows and
+    columns."""
+    places = {}
+    for name, shapes in layout.shapes.items():
+        for part, start, shape in zip(PARTS, layout.offsets[name], shapes, strict=True):
+            *stack, rows, columns = shape
+            for index, module in enumerate(_modules(name, layout)):
+                offset = index % stack[0] * rows * columns if stack else 0
+                places[f"{_PREFIX}{module}.{part}.weight"] = (start + offset, rows, columns)
+    return places
+
+
+def peft_modules(layout: AdapterLayout) -> list[str]:
+    """The modules that an adapter trains, as they are called on disk."""
+    return [module for name in layout.targets for module in _modules(name, layout)]
+
+
+def _modules(name: str, layout: AdapterLayout) -> list[str]:
+    _, _, *experts = layout.targets[name]
+    if not experts:
+        return [name]
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{expert}.{leaf}" for expert in range(experts[0])]
 
 
 def read_adapter(files: Mapping[str, bytes], layout: AdapterLayout) -> Tensor:
@@ -75,21 +101,25 @@ def read_adapter(files: Mapping[str, bytes], layout: AdapterLayout) -> Tensor:
             f"this run rank {layout.config.rank} and scale {layout.scale:g}"
         )
     tensors = safetensors.torch.load(files[WEIGHTS])
-    flat = torch.empty(layout.size)
-    for name, views in layout.views(flat).items():
-        for part, view in zip(("lora_A", "lora_B"), views, strict=True):
-            key = f"{_PREFIX}{name}.{part}.weight"
-            tensor = tensors.pop(key, None)
-            if tensor is None:
-                raise InvalidInput(f"the adapter has no tensor {key}")
-            if tensor.shape != view.shape:
-                raise InvalidInput(
-                    f"the adapter's {key} has shape {tuple(tensor.shape)}, "
-                    f"expected {tuple(view.shape)}"
-                )
-            if not torch.isfinite(tensor).all():
-                raise InvalidInput(f"the adapter's {key} holds NaN or inf")
-            view.copy_(tensor)
+    flat, filled = torch.empty(layout.size), set()
+    for key, (start, rows, columns) in tensor_places(layout).items():
+        tensor = tensors.pop(key, None)
+        if tensor is None:
+            raise InvalidInput(f"the adapter has no tensor {key}")
+        if tensor.shape != (rows, columns):
+            raise InvalidInput(
+                f"the adapter's {key} has shape {tuple(tensor.shape)}, expected {(rows, columns)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise InvalidInput(f"the adapter's {key} holds NaN or inf")
+        place = flat[start : start + rows * columns].view(rows, columns)
+        if start in filled and not torch.equal(place, tensor.float()):
+            raise InvalidInput(
+                f"the adapter's {key} differs from another expert's, and this run's experts share "
+                'theirs: create the run with experts="each"'
+            )
+        filled.add(start)
+        place.copy_(tensor)
     if tensors:
         raise InvalidInput(f"the adapter trains {min(tensors)}, which this run does not")
     return flat
@@ -105,7 +135,7 @@ def read_factors(files: Mapping[str, bytes]) -> tuple[float, dict[str, tuple[Ten
     tensors, factors = safetensors.torch.load(files[WEIGHTS]), {}
     ending = ".lora_A.weight"
     for name in [key.removesuffix(ending) for key in tensors if key.endswith(ending)]:
-        pair = [tensors.pop(f"{name}.{part}.weight", None) for part in ("lora_A", "lora_B")]
+        pair = [tensors.pop(f"{name}.{part}.weight", None) for part in PARTS]
         if pair[0] is None or pair[1] is None:
             raise InvalidInput(f"the adapter has no tensor {name}.lora_B.weight")
         factors[name.removeprefix(_PREFIX)] = (pair[0], pair[1])

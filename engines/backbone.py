@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ..primitives.errors import InvalidInput
 from ..primitives.types import LoraConfig
 from .base_weights import QUANTIZED, BaseWeights, check_base_weights, resolved
+from .experts import is_routed, replace_routed, routed_targets
 from .lora import (
     ATTN_TARGETS,
     MLP_TARGETS,
@@ -31,16 +32,18 @@ from .lora import (
     AdapterLayout,
     LoraContext,
     LoraLinear,
+    Shape,
     Span,
 )
 from .model_folder import NAMES, mappable, stored_dtypes
 from .quantized import pack
+from .routing import Routing
 
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """`(layer, q [H, T, E], k [G, T, E], v [G, T, E], scale) -> [T, H, E]`."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3")
+SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 def _call_attention(module, query, key, value, attention_mask, scaling, **kwargs):  # type: ignore[no-untyped-def]
@@ -49,17 +52,23 @@ def _call_attention(module, query, key, value, attention_mask, scaling, **kwargs
     return out_THE[None], None
 
 
-def adapter_targets(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The linear layers that an adapter may train: name -> (inputs, outputs)."""
-    return {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.rpartition(".")[2] in (*ATTN_TARGETS, *MLP_TARGETS, UNEMBED)
-    }
+def adapter_targets(model: nn.Module) -> dict[str, Shape]:
+    """What an adapter may train: linear layers by name, `(inputs, outputs)`, and as one a layer's
+    routed experts, `(inputs, outputs, experts)`."""
+    targets: dict[str, Shape] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and _is_target(name):
+            targets[name] = (module.in_features, module.out_features)
+        elif is_routed(module):
+            targets |= routed_targets(name, module)
+    return targets
 
 
-def targets_of_folder(path: str | Path) -> dict[str, tuple[int, int]]:
+def _is_target(name: str) -> bool:
+    return name.rpartition(".")[2] in (*ATTN_TARGETS, *MLP_TARGETS, UNEMBED)
+
+
+def targets_of_folder(path: str | Path) -> dict[str, Shape]:
     """`adapter_targets` of a model folder, without its weights."""
     with torch.device("meta"):
         return adapter_targets(
@@ -88,9 +97,11 @@ class Backbone:
     Attributes:
         weights: as chosen, never "auto".
         dtype: what is computed in, float32 or bfloat16.
+        routing: of a mixture of experts.
 
     Raises:
-        InvalidInput: the model's family is not supported, or it is stored quantised.
+        InvalidInput: the model's family is not supported, it is stored quantised, or it is a mixture
+            of experts, whose weights are not quantised.
         Unavailable: quantised weights are asked for, and the library for them is not installed.
     """
 
@@ -118,6 +129,12 @@ class Backbone:
                 f"base model {str(path)!r} is stored quantised; give the one it was made from, and "
                 "base_weights to quantise it"
             )
+        experts: int = getattr(config, "num_experts", 0)
+        if experts and weights in QUANTIZED:
+            raise InvalidInput(
+                f"base model {str(path)!r} is a mixture of experts, which is kept in fp32 or bf16, "
+                f"not in {weights}"
+            )
         self.path = str(path)
         self.device = torch.device(device)
         self.weights, computing = resolved(weights, _stored(path, config), self.device.type)
@@ -142,9 +159,16 @@ class Backbone:
         self.max_context: int = config.max_position_embeddings
         self.lora = LoraContext()
         self.targets = adapter_targets(self.model)
-        for name in self.targets:
+        self.routing: Routing | None = None
+        if experts:
+            layers = sum(is_routed(module) for module in self.model.modules())
+            self.routing = Routing(layers, experts, config.num_experts_per_tok)
+            replace_routed(self.model, config, self.lora, self.routing)
+        linears = [
+            (n, m) for n, m in self.model.named_modules() if n in self.targets and _is_target(n)
+        ]
+        for name, linear in linears:
             parent, _, leaf = name.rpartition(".")
-            linear: Any = self.model.get_submodule(name)
             # The output matrix stays as it is: it is often the embedding too.
             quantized = self.weights in QUANTIZED and name != UNEMBED
             weight = linear.weight.detach()
@@ -178,13 +202,17 @@ class Backbone:
         spans: Sequence[Span],
         *,
         checkpointing: bool = False,
+        routed_TLK: Tensor | None = None,
     ) -> Tensor:
-        """Final normed hidden states `[T, D]` of the packed tokens (int64 `[T]`).
+        """Final normed hidden states `[T, D]` of the packed tokens (int64 `[T]`), those of a mixture
+        of experts through the experts `routed_TLK` where it is not -1 (see `Routing`).
 
         `checkpointing` keeps only each layer's input for the backward pass and recomputes the
         rest. The spans stay in force until the next call, so that it sees the same adapters.
         """
         self.lora.spans = spans
+        if self.routing is not None:
+            self.routing.replayed_TLK = routed_TLK
         for layer in self.layers:
             layer.training = checkpointing
         output = self.model.get_submodule("model")(

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..algorithms.losses import get_loss, ratio_metrics
-from ..primitives.types import Datum, ForwardBackwardOutput
+from ..primitives.types import ROUTED_EXPERTS, Datum, ForwardBackwardOutput
 from ..primitives.validation import validate_datums
 from .backbone import Backbone
 from .packing import Pack, pack_sequences
+from .routing import RouterLoad
 
 SMALLEST_PART = 128  # rows; with fewer, products are slow and prefixes are computed twice
 
@@ -36,6 +37,8 @@ class Unit:
         targets: int64 `[M]`, token ids.
         inputs: of the loss, `[M]` each.
         needed: bool `[M]`, whether the loss depends on the pair.
+        routed: the experts that rows are to go through, int64 `[rows of the pack, layers, k]`, -1 where
+            the router chooses; None: everywhere.
     """
 
     pack: Pack
@@ -45,6 +48,7 @@ class Unit:
     targets: np.ndarray
     inputs: dict[str, Tensor]
     needed: Tensor
+    routed: np.ndarray | None = None
 
 
 class Batch:
@@ -74,6 +78,7 @@ class Batch:
             backbone.max_context,
             optional=tuple(self.loss.optional),
             multi_target=self.loss.multi_target,
+            routed=None if (r := backbone.routing) is None else (r.layers, r.experts, r.per_token),
         )
         self.datums = data
         targets = [d.loss_fn_inputs["target_tokens"] for d in data]
@@ -87,12 +92,13 @@ class Batch:
         self.logprobs = np.full(len(self.targets), np.nan, np.float32)
         self.loss_sum = 0.0
         self.rows = 0
+        self.load: RouterLoad | None = None
 
     def _inputs(self, index: int, datum: Datum) -> dict[str, Tensor]:
         given = {
             name: torch.tensor(values.reshape(-1), dtype=torch.float32)
             for name, values in datum.loss_fn_inputs.items()
-            if name != "target_tokens"
+            if name not in ("target_tokens", ROUTED_EXPERTS)
         }
         owner = torch.full((datum.loss_fn_inputs["target_tokens"].size,), index)
         return {**self.loss.fill_inputs(given, self.config), "datum": owner}
@@ -112,14 +118,28 @@ class Batch:
         sequences = [
             self.datums[i].model_input.tokens[: int(self.positions[cells[i][-1]]) + 1] for i in used
         ]
-        packs = pack_sequences(sequences, max_rows)
+        routed = [
+            None
+            if (r := self.datums[i].loss_fn_inputs.get(ROUTED_EXPERTS)) is None
+            else r[: len(s)]
+            for i, s in zip(used, sequences, strict=True)
+        ]
+        keys = _keys(sequences, routed)
+        packs = pack_sequences(sequences, max_rows, keys)
         if len(packs) % learners:
             rounds = -(-len(packs) // learners)
             part = -(-sum(len(pack.tokens) for pack in packs) // (rounds * learners))
-            packs = pack_sequences(sequences, min(max_rows, max(part, SMALLEST_PART)))
-        return [self._unit(pack, [cells[used[m]] for m in pack.members]) for pack in packs]
+            packs = pack_sequences(sequences, min(max_rows, max(part, SMALLEST_PART)), keys)
+        return [
+            self._unit(
+                pack,
+                [cells[used[m]] for m in pack.members],
+                _routed_rows(pack, [routed[m] for m in pack.members]),
+            )
+            for pack in packs
+        ]
 
-    def _unit(self, pack: Pack, cells: list[np.ndarray]) -> Unit:
+    def _unit(self, pack: Pack, cells: list[np.ndarray], routed: np.ndarray | None) -> Unit:
         """`cells`: the wanted ones, by member."""
         cells_M = np.concatenate(cells)
         rows_M = np.concatenate(
@@ -136,10 +156,13 @@ class Batch:
             self.targets[cells_M],
             {name: values[cells_M] for name, values in self.inputs.items()},
             self.needed[cells_M],
+            routed,
         )
 
-    def add(self, unit: Unit, loss: float, logprobs_M: np.ndarray) -> None:
+    def add(self, unit: Unit, loss: float, logprobs_M: np.ndarray, load: RouterLoad | None) -> None:
         """Take in what a unit gave."""
+        if load is not None:
+            self.load = load if self.load is None else self.load + load
         self.loss_sum += loss
         self.rows += len(unit.pack.tokens)
         self.logprobs[unit.cells] = logprobs_M
@@ -159,4 +182,34 @@ class Batch:
             "tokens:sum": float(sum(d.model_input.length for d in self.datums)),
             "packed_rows:sum": float(self.rows),
         }
-        return ForwardBackwardOutput(outputs, {**own, **ratios, **metrics})
+        load = {} if self.load is None else self.load.metrics()
+        return ForwardBackwardOutput(outputs, {**own, **ratios, **load, **metrics})
+
+
+def _keys(
+    sequences: Sequence[np.ndarray], routed: Sequence[np.ndarray | None]
+) -> list[np.ndarray] | None:
+    """Numbers that are equal where tokens are, and the experts that they are to go through. None:
+    tokens alone decide."""
+    if all(experts is None for experts in routed):
+        return None
+    numbers: dict[tuple[int, bytes], int] = {}
+    keys = []
+    for tokens, experts in zip(sequences, routed, strict=True):
+        choices = [b""] * len(tokens)
+        if experts is not None:
+            choices = [choice.tobytes() for choice in experts.astype(np.int16)]
+        pairs = zip(tokens.tolist(), choices, strict=True)
+        keys.append(np.array([numbers.setdefault(pair, len(numbers)) for pair in pairs], np.int64))
+    return keys
+
+
+def _routed_rows(pack: Pack, routed: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """`routed`: by member."""
+    rows = None
+    for places, experts in zip(pack.rows, routed, strict=True):
+        if experts is not None:
+            if rows is None:
+                rows = np.full((len(pack.tokens), *experts.shape[1:]), -1, np.int64)
+            rows[places] = experts
+    return rows

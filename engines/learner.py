@@ -425,7 +425,7 @@ class LearnerEngine:
         if isinstance(result, InvalidInput):
             self._close(task, result)
             return
-        task.batch.add(part.unit, result.loss, result.logprobs_M)
+        task.batch.add(part.unit, result.loss, result.logprobs_M, result.load)
         task.missing -= 1
         if result.grad is not None:
             task.grad = result.grad if task.grad is None else task.grad.add_(result.grad)

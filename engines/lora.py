@@ -4,7 +4,7 @@ An adapter's parameters live in one flat float32 buffer, so that Adam, gradient 
 publishing and saving are each a handful of operations on one tensor, and adapters of different
 ranks and targets stand side by side without padding.
 
-Dimension names: T packed tokens, R rank, I and O a linear layer's inputs and outputs.
+Dimension names: T packed tokens, R rank, I and O a linear layer's inputs and outputs, E experts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..primitives.errors import InvalidInput
 from ..primitives.types import LoraConfig
 from .products import reorder, rows_times, rows_times_transposed
 from .quantized import PackedWeight
 
 ATTN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+ROUTER_TARGETS = ("gate",)
 UNEMBED = "lm_head"
+
+Shape = tuple[int, ...]
+"""Of what an adapter may train: `(I, O)`, or `(I, O, E)` of a layer's routed experts."""
 
 
 def target_suffixes(config: LoraConfig) -> tuple[str, ...]:
@@ -30,46 +35,65 @@ def target_suffixes(config: LoraConfig) -> tuple[str, ...]:
     return (
         (ATTN_TARGETS if config.train_attn else ())
         + (MLP_TARGETS if config.train_mlp else ())
+        + (ROUTER_TARGETS if config.train_router else ())
         + ((UNEMBED,) if config.train_unembed else ())
     )
 
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Where each target's A `[R, I]` and B `[O, R]` lie in the flat buffer."""
+    """Where each target's A and B lie in the flat buffer: `[R, I]` and `[O, R]`, of routed experts
+    `[E, R, I]` and `[E, O, R]` (E is 1 if a layer's experts share them)."""
 
     config: LoraConfig
-    targets: dict[str, tuple[int, int]]  # module name -> (I, O)
+    targets: dict[str, Shape]  # by module name
     offsets: dict[str, tuple[int, int]] = field(init=False)  # module name -> (A, B) starts
     size: int = field(init=False)
 
     def __post_init__(self) -> None:
         offsets, position = {}, 0
-        for name, (inputs, outputs) in self.targets.items():
-            rank = self.config.rank
-            offsets[name] = (position, position + rank * inputs)
-            position += rank * (inputs + outputs)
+        for name, (a, b) in self.shapes.items():
+            offsets[name] = (position, position + math.prod(a))
+            position += math.prod(a) + math.prod(b)
         object.__setattr__(self, "offsets", offsets)
         object.__setattr__(self, "size", position)
 
     @classmethod
-    def of(cls, config: LoraConfig, targets: Mapping[str, tuple[int, int]]) -> AdapterLayout:
-        """Of those among a model's `targets` that `config` trains."""
+    def of(cls, config: LoraConfig, targets: Mapping[str, Shape]) -> AdapterLayout:
+        """Of those among a model's `targets` that `config` trains.
+
+        Raises:
+            InvalidInput: it trains routers, and the model has none.
+        """
         suffixes = target_suffixes(config)
-        return cls(config, {n: io for n, io in targets.items() if n.rpartition(".")[2] in suffixes})
+        trained = {n: shape for n, shape in targets.items() if n.rpartition(".")[2] in suffixes}
+        if config.train_router and not any(n.rpartition(".")[2] in ROUTER_TARGETS for n in trained):
+            raise InvalidInput(
+                "train_router is for mixture-of-experts models, this one has no routers: leave it out"
+            )
+        return cls(config, trained)
 
     @property
     def scale(self) -> float:
         return self.config.alpha / self.config.rank
 
+    @property
+    def shapes(self) -> dict[str, tuple[Shape, Shape]]:
+        """Of every target's A and B, in the order in which they lie in the flat buffer."""
+        shapes, rank = {}, self.config.rank
+        for name, (inputs, outputs, *experts) in self.targets.items():
+            stack = (1,) if experts and self.config.experts == "shared" else tuple(experts)
+            shapes[name] = ((*stack, rank, inputs), (*stack, outputs, rank))
+        return shapes
+
     def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """A and B of every target as views of `flat` (`[size]`, any dtype)."""
-        views, rank = {}, self.config.rank
-        for name, (inputs, outputs) in self.targets.items():
-            a, b = self.offsets[name]
+        views = {}
+        for name, (a, b) in self.shapes.items():
+            start, middle = self.offsets[name]
             views[name] = (
-                flat[a : a + rank * inputs].view(rank, inputs),
-                flat[b : b + outputs * rank].view(outputs, rank),
+                flat[start:middle].view(a),
+                flat[middle : middle + math.prod(b)].view(b),
             )
         return views
 
@@ -82,14 +106,14 @@ class AdapterLayout:
             generator.manual_seed(self.config.seed)
         flat = torch.zeros(self.size)
         for a, _ in self.views(flat).values():
-            bound = 1 / math.sqrt(a.shape[1])
+            bound = 1 / math.sqrt(a.shape[-1])
             a.uniform_(-bound, bound, generator=generator)
         return flat
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter as the layers use it: A `[R, I]`, B `[O, R]` by module name."""
+    """An adapter as the layers use it: A and B by module name, shaped as `AdapterLayout` says."""
 
     layout: AdapterLayout
     weights: Mapping[str, tuple[Tensor, Tensor]]

@@ -1,11 +1,14 @@
 """How many bytes training takes, before it takes them.
 
 Counted is what autograd keeps of a pass of packed rows, layer by layer as a llama or qwen decoder
-computes it with our `LoraLinear` and `TreeAttention`, and the most that is needed beside it at once.
+computes it with our `LoraLinear`, `RoutedExperts` and `TreeAttention`, and the most that is needed beside
+it at once. How evenly rows are spread over experts is not known before: the busiest is taken to have
+twice the mean.
 Kernels' own scratch space is not, nor what the C library's allocator wastes. `tests/engines/test_memory.py` holds it against measured peaks.
 
 Dimension names: T packed rows, S rows of a segment, K keys it sees, N rows with a target, D hidden
-size, F the MLP's inner size, H query heads, G key/value heads, E size of a head, V vocabulary.
+size, F the MLP's inner size, H query heads, G key/value heads, E size of a head, V vocabulary; of routed
+experts, K chosen and I their inner size.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from .lora import UNEMBED, AdapterLayout
 from .target_logprobs import CHUNK_ROWS
 from .tree_attention import alike
 
+INDEX = 8  # bytes of an index
 FLOAT = 4  # bytes; adapters, gradients, moments, norms and logprobs are float32 in any case
 
 
@@ -64,17 +68,20 @@ class MemoryModel:
         config: of transformers.
         item: bytes of a number of what is computed in (4 in float32, 2 in bfloat16).
         scratch: bytes that a packed weight takes when it is unpacked.
+        grouped: whether all experts are computed at once.
     """
 
     config: Any
     item: int
     scratch: int = 0
+    grouped: bool = False
 
     @classmethod
     def of(cls, backbone: Backbone) -> MemoryModel:
         sizes = [math.prod(shape) for shape in backbone.targets.values()]
         scratch = backbone.dtype.itemsize * max(sizes) if backbone.weights in QUANTIZED else 0
-        return cls(backbone.config, backbone.dtype.itemsize, scratch)
+        grouped = backbone.device.type == "cuda" and backbone.dtype == torch.bfloat16
+        return cls(backbone.config, backbone.dtype.itemsize, scratch, grouped)
 
     def pass_(
         self, shape: PassShape, layouts: Sequence[AdapterLayout], *, checkpointing: bool
@@ -85,10 +92,11 @@ class MemoryModel:
         gradient = FLOAT * sum(layout.size for layout in layouts)
         end = self._final(shape) + self._logits(shape, layouts)
         if not checkpointing:
-            peak = layers * self._layer(shape, layouts) + max(end, self._inner(shape))
+            inner = self._inner(shape, layouts) + self._expert_gradients(layouts)
+            peak = layers * self._layer(shape, layouts) + max(end, inner)
             return max(peak, 2 * gradient) + self._all_along(shape)
         stream = self.item * c.hidden_size * shape.rows  # a layer's input, or its output's gradient
-        inside = self._layer(shape, layouts) + self._inner(shape) + stream
+        inside = self._layer(shape, layouts) + self._inner(shape, layouts) + stream
         # The gradient is nearly whole when the first layer is computed again. At the end it is there
         # twice: by factors, and as one buffer.
         peak = layers * stream + max(end, inside) + gradient
@@ -99,8 +107,16 @@ class MemoryModel:
         after the last layer."""
         c = self.config
         q, kv = self._heads()
-        widest = 2 * c.hidden_size + max(3 * c.intermediate_size, 5 * q + 2 * kv)
-        inside = self.item * (widest * shape.rows + max(self._copies(shape), default=0))
+        attention = self.item * (
+            (2 * c.hidden_size + 5 * q + 2 * kv) * shape.rows + max(self._copies(shape), default=0)
+        )
+        if self._routed:
+            mlp = (3 * self.item * c.hidden_size + self._routing()) * shape.rows
+            mlp += self._block(shape, 2 * c.hidden_size + 4 * c.moe_intermediate_size)
+            mlp += self.item * self._expert_factors(layouts)
+        else:
+            mlp = self.item * (2 * c.hidden_size + 3 * c.intermediate_size) * shape.rows
+        inside = max(attention, mlp)
         end = self._final(shape) + self._logits(shape, layouts)
         return max(inside, end) + self._all_along(shape)
 
@@ -110,10 +126,14 @@ class MemoryModel:
         q, kv = self._heads()
         row = 2 * FLOAT * (c.hidden_size + 1)  # what goes into the norms, and its scale
         # What comes out of them; queries, keys, values; the attention's output, as it comes and in
-        # the order of rows; the MLP's gate, its activation, up and their product.
-        row += item * (2 * c.hidden_size + q + 2 * kv + 2 * q + 4 * c.intermediate_size)
+        # the order of rows.
+        row += item * (2 * c.hidden_size + q + 2 * kv + 2 * q)
+        if self._routed:  # gate and up
+            row += item * 2 * c.moe_intermediate_size * c.num_experts_per_tok + self._routing()
+        else:  # gate, its activation, up and their product
+            row += item * 4 * c.intermediate_size
         row += FLOAT * c.num_attention_heads
-        if c.model_type == "qwen3":  # which norms queries and keys too
+        if c.model_type in ("qwen3", "qwen3_moe"):  # which norms queries and keys too
             row += FLOAT * (q + kv + c.num_attention_heads + c.num_key_value_heads)
         row += item * max(map(self._ranks, layouts))
         return row * shape.rows + item * sum(self._copies(shape))
@@ -132,9 +152,52 @@ class MemoryModel:
         c = self.config
         return c.num_attention_heads * _head_size(c), c.num_key_value_heads * _head_size(c)
 
+    @property
+    def _routed(self) -> bool:
+        """Whether MLPs are of routed experts (all are counted so, if any is)."""
+        return getattr(self.config, "num_experts", 0) > 0
+
+    def _routing(self) -> int:
+        """Bytes of a row: the router's distribution; of each choice, the weight three times (as a sum's
+        part, normed, and in the dtype that is computed in) and five indices."""
+        c = self.config
+        choice = 2 * FLOAT + (self.item if self.item != FLOAT else 0) + 5 * INDEX
+        return FLOAT * (c.num_experts + 2) + c.num_experts_per_tok * choice
+
+    def _block(self, shape: PassShape, numbers: int) -> int:
+        """Of pairs that go through experts at once, with that many numbers each."""
+        c = self.config
+        pairs = c.num_experts_per_tok * shape.rows
+        if not self.grouped:
+            pairs = min(-(-2 * pairs // c.num_experts), shape.rows)
+        return self.item * numbers * pairs
+
+    def _experts(self, layouts: Sequence[AdapterLayout]) -> tuple[int, int]:
+        """Numbers of A and of B of one layer's experts, in all adapters."""
+        of_experts = [
+            [math.prod(factor) for factor in shapes]
+            for layout in layouts
+            for name, shapes in layout.shapes.items()
+            if len(layout.targets[name]) == 3
+        ]
+        layers = self.config.num_hidden_layers
+        return sum(a for a, _ in of_experts) // layers, sum(b for _, b in of_experts) // layers
+
+    def _expert_factors(self, layouts: Sequence[AdapterLayout]) -> int:
+        """Numbers of what is copied of them for a product: A side by side, and in another dtype B
+        too."""
+        a, b = self._experts(layouts)
+        return a if self.item == FLOAT else a + b
+
+    def _expert_gradients(self, layouts: Sequence[AdapterLayout]) -> int:
+        return FLOAT * sum(self._experts(layouts))
+
     def _ranks(self, layout: AdapterLayout) -> int:
         """Numbers `x A'` of a row in one layer."""
-        inside = sum(name != UNEMBED for name in layout.targets)
+        k = getattr(self.config, "num_experts_per_tok", 1)
+        inside = sum(
+            k if len(shape) == 3 else 1 for name, shape in layout.targets.items() if name != UNEMBED
+        )
         return layout.config.rank * inside // self.config.num_hidden_layers
 
     def _all_along(self, shape: PassShape) -> int:
@@ -148,9 +211,15 @@ class MemoryModel:
         size = self.config.hidden_size
         return (FLOAT + self.item) * size * shape.rows + 2 * self.item * size * shape.targets
 
-    def _inner(self, shape: PassShape) -> int:
-        """Gradients of the MLP's inner activations, of which two are there at once."""
-        return 2 * self.item * self.config.intermediate_size * shape.rows
+    def _inner(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
+        """Gradients of the MLP's inner activations, of which two are there at once; of experts, those
+        of a block, and of all rows the input's."""
+        c = self.config
+        if not self._routed:
+            return 2 * self.item * c.intermediate_size * shape.rows
+        rows = (self.item * c.hidden_size + 2 * FLOAT * c.num_experts_per_tok) * shape.rows
+        factors = self.item * self._expert_factors(layouts)
+        return rows + factors + self._block(shape, 3 * c.hidden_size + 7 * c.moe_intermediate_size)
 
     def _logits(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
         """A chunk of them, and gradients of the rows' hidden states."""

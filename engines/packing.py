@@ -46,14 +46,21 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs.argmax()) if differs.any() else n
 
 
-def pack_sequences(sequences: Sequence[np.ndarray], max_rows: int) -> list[Pack]:
+def pack_sequences(
+    sequences: Sequence[np.ndarray], max_rows: int, keys: Sequence[np.ndarray] | None = None
+) -> list[Pack]:
     """Pack non-empty int64 sequences `[length]` into passes of at most `max_rows` rows each
-    (a longer sequence gets a pass of its own)."""
-    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i].tolist()))
+    (a longer sequence gets a pass of its own).
+
+    Args:
+        keys: int64 `[length]` each, equal where tokens may be computed once (None: the tokens).
+    """
+    keys = sequences if keys is None else keys
+    order = sorted(range(len(keys)), key=lambda i: tuple(keys[i].tolist()))
     packs, current, rows = [], [order[0]], len(sequences[order[0]])
     shared = [0]
     for previous, index in itertools.pairwise(order):
-        prefix = common_prefix(sequences[previous], sequences[index])
+        prefix = common_prefix(keys[previous], keys[index])
         added = len(sequences[index]) - prefix
         if rows + added > max_rows:
             packs.append(_pack(sequences, current, shared))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from .lora import UNEMBED, Adapter, AdapterLayout, Span
 from .malloc import frugal
 from .memory import PassShape
 from .packing import Pack
+from .routing import RouterLoad
 from .target_logprobs import UnembedSpan, target_logprobs
 from .tree_attention import TreeAttention
 
@@ -53,11 +55,13 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """`grad`: flat, like `params`; None without a backward pass, or if the loss is 0 anyway."""
+    """`grad`: flat, like `params`; None without a backward pass, or if the loss is 0 anyway. `load`: of
+    a mixture of experts."""
 
     loss: float
     logprobs_M: np.ndarray
     grad: Tensor | None
+    load: RouterLoad | None = None
 
     def to(self, device: torch.device) -> Result:
         return self if self.grad is None else replace(self, grad=self.grad.to(device))
@@ -102,6 +106,11 @@ def _run_pass(backbone: Backbone, works: Sequence[Work], checkpointing: bool) ->
             )
             logprobs.append(p_M)
             losses.append(_loss(work, p_M))
+        routing = backbone.routing
+        loads = [
+            None if routing is None else routing.load(start, stop)
+            for start, stop in pairwise(bounds)
+        ]
         _wait_for(device)
     forwarded = time.perf_counter()
     with record_function("backward"):
@@ -110,8 +119,8 @@ def _run_pass(backbone: Backbone, works: Sequence[Work], checkpointing: bool) ->
     results: list[Result | InvalidInput] = [
         loss
         if isinstance(loss, InvalidInput)
-        else Result(float(loss.detach()), p_M.detach().cpu().numpy(), grad)
-        for loss, p_M, grad in zip(losses, logprobs, grads, strict=True)
+        else Result(float(loss.detach()), p_M.detach().cpu().numpy(), grad, load)
+        for loss, p_M, grad, load in zip(losses, logprobs, grads, loads, strict=True)
     ]
     return Outcome(results, forwarded - started, time.perf_counter() - forwarded)
 
@@ -172,7 +181,22 @@ def _hidden(
             for work, factors, start, stop in zip(works, leaves, bounds, bounds[1:], strict=False)
         ],
         checkpointing=checkpointing,
+        routed_TLK=_routed(backbone, [work.unit for work in works], max(bounds[-1], MIN_ROWS)),
     )
+
+
+def _routed(backbone: Backbone, units: Sequence[Unit], rows: int) -> Tensor | None:
+    """The experts that a pass's rows are to go through, as `Routing` has them."""
+    routing = backbone.routing
+    if routing is None or all(unit.routed is None for unit in units):
+        return None
+    routed_TLK, start = np.full((rows, routing.layers, routing.per_token), -1, np.int64), 0
+    for unit in units:
+        stop = start + len(unit.pack.tokens)
+        if unit.routed is not None:
+            routed_TLK[start:stop] = unit.routed
+        start = stop
+    return torch.from_numpy(routed_TLK).to(backbone.device)
 
 
 def _logprobs(backbone: Backbone, work: Work, leaves: Leaves, hidden_ND: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from .kv_cache import BlockPool, KVCache, chain_key, root_key
 from .lora import Adapter, Span
 from .prompt_scores import PromptScores
 from .requests import check_request, end_tokens, ends_with_stop_string
+from .route_store import RouteStore
 from .sampling import draw, likeliest, uniforms
 from .step_attention import Chunk, StepAttention
 
@@ -55,6 +56,7 @@ class _Sequence:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    routed: np.ndarray | None = None
     stop_reason: StopReason | None = None
     weights: AdapterKey | None = None  # those that the cache was computed with
     mixed: bool = False
@@ -157,6 +159,7 @@ class SamplerEngine:
             backbone.dtype,
             backbone.device,
         )
+        self.routes = None if backbone.routing is None else RouteStore(backbone, self.cache)
         self.adapters: AdapterStore[Adapter] = AdapterStore()
         self.end_tokens = end_tokens(backbone.path, tokenizer)
         self.stats = SamplerStats(num_blocks=num_blocks, block_size=block_size)
@@ -211,12 +214,15 @@ class SamplerEngine:
         """Queue a request; `step()` returns its events under the number returned here.
 
         Raises:
-            InvalidInput: token ids out of range, or beyond the model's context.
+            InvalidInput: token ids out of range, or beyond the model's context; routed experts are asked
+                for, and the model has none.
             NotFound: the policy is not held.
             OutOfCapacity: it could never fit into the cache.
         """
         length, params = len(request.prompt), request.params
         max_tokens = check_request(request, self.backbone.vocab_size, self.backbone.max_context)
+        if request.return_routed_experts and self.routes is None:
+            raise InvalidInput("return_routed_experts: the model has no routed experts")
         self.adapters.resolve(request.policy)
         shared = length // self.block_size
         longest = -(-(length + max_tokens - 1) // self.block_size)
@@ -298,6 +304,11 @@ class SamplerEngine:
         sequence.blocks.append(self.pool.take_new())
         sequence.request.reserved -= 1
 
+    def _copy_block(self, source: int, target: int) -> None:
+        self.cache.copy_block(source, target)
+        if self.routes is not None:
+            self.routes.copy_block(source, target)
+
     def _weights(self, sequence: _Sequence) -> AdapterKey:
         """The weights that this sequence runs under now; notes a swap."""
         key = self.adapters.resolve(sequence.request.request.policy)
@@ -346,7 +357,7 @@ class SamplerEngine:
         while donor is not None and sequence.cached < last:
             source = donor.blocks[len(sequence.blocks)]
             self._take_block(sequence)
-            self.cache.copy_block(source, sequence.blocks[-1])
+            self._copy_block(source, sequence.blocks[-1])
             sequence.cached = min(len(sequence.blocks) * size, last)
 
     def _plan_prompts(self, room: int) -> list[tuple[_Sequence, int]]:
@@ -437,6 +448,8 @@ class SamplerEngine:
             attention,
             spans,
         )
+        if self.routes is not None:
+            self.routes.write(np.array(slots))
         self.stats.steps += 1
         self._score_prompts(stops, counts, hidden_TD, spans)
         for s, _ in stops:
@@ -567,7 +580,7 @@ class SamplerEngine:
             entry.sequences.append(twin)
             if len(first.blocks) > full:
                 self._take_block(twin)
-                self.cache.copy_block(first.blocks[full], twin.blocks[full])
+                self._copy_block(first.blocks[full], twin.blocks[full])
         self._drawing += entry.sequences
         return list(entry.sequences)
 
@@ -593,6 +606,8 @@ class SamplerEngine:
         if s.stop_reason is None:
             return
         self._drawing.remove(s)
+        if self.routes is not None and entry.request.return_routed_experts:
+            s.routed = self.routes.read(s.blocks, s.cached)
         for block in s.blocks:
             self.pool.release(block)
         s.blocks = []
@@ -608,6 +623,7 @@ class SamplerEngine:
                 np.array(s.versions, np.int32),
                 s.stop_reason or "length",
                 _stacked(s.top) if s.top else None,
+                s.routed,
             )
             for s in entry.sequences
         ]

@@ -19,20 +19,22 @@ from ..primitives.errors import InvalidInput
 from ..primitives.types import LoraConfig
 from . import vllm_source
 from .backbone import targets_of_folder
-from .lora import ATTN_TARGETS, UNEMBED, AdapterLayout
+from .lora import ATTN_TARGETS, ROUTER_TARGETS, UNEMBED, AdapterLayout, Shape
 from .vllm_start import VllmOptions
 
-ATTN, MLP, EXPERTS = "attn", "mlp", "experts"
+ATTN, MLP, EXPERTS, ROUTER = "attn", "mlp", "experts", "router"
 LAYERS = {
     ATTN: "attention layers",
     MLP: "MLP layers",
     EXPERTS: "routed experts",
+    ROUTER: "routers",
     UNEMBED: "output layer (unembed)",
 }
 WITHOUT = {
     ATTN: "train_attn=False",
     MLP: "train_mlp=False",
     EXPERTS: "train_mlp=False",
+    ROUTER: "train_router=False",
     UNEMBED: "train_unembed=False",
 }
 INSTEAD = "connect with engine='torch'"
@@ -46,13 +48,13 @@ class Coverage:
     """What vLLM, started with `options`, can adapt of a model.
 
     Attributes:
-        targets: the linear layers that an adapter may train: name -> (inputs, outputs).
+        targets: what an adapter may train, by name.
         model: why vLLM cannot run this model with adapters at all, if so.
         groups: why it cannot adapt a group of layers, by group.
     """
 
     options: VllmOptions
-    targets: Mapping[str, tuple[int, int]]
+    targets: Mapping[str, Shape]
     model: str | None
     groups: Mapping[str, str]
 
@@ -115,6 +117,8 @@ def _group(name: str) -> str:
     if "experts" in name.split("."):
         return EXPERTS
     last = name.rpartition(".")[2]
+    if last in ROUTER_TARGETS:
+        return ROUTER
     return UNEMBED if last == UNEMBED else ATTN if last in ATTN_TARGETS else MLP
 
 

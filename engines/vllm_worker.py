@@ -40,7 +40,7 @@ class AdapterWorker:
     """Methods for vLLM's worker; `model_runner` and the rest of `self` are the worker's."""
 
     model_runner: Any
-    kinds: dict[str, tuple[dict[str, Any], dict[str, list[int]]]]
+    kinds: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int, int]]]]
     staged: dict[str, Staged]
     names: dict[int, str]
     _load_folder: Any
@@ -84,19 +84,21 @@ class AdapterWorker:
         return None if mapper is None else mapper.get_rename_mapper()
 
     def describe_adapters(
-        self, kind: str, config: dict[str, Any], shapes: dict[str, list[int]]
+        self, kind: str, config: dict[str, Any], places: dict[str, tuple[int, int, int]]
     ) -> None:
-        """What adapters of a kind have in common: their PEFT config, and the shapes of their tensors
-        in the order in which they come."""
-        self.kinds[kind] = config, shapes
+        """What adapters of a kind have in common: their PEFT config, and where each tensor starts
+        among the parameters, with its rows and columns."""
+        self.kinds[kind] = config, places
 
     def stage_adapter(self, name: str, kind: str, path: str) -> None:
         """Keep an adapter of a kind, whose parameters are in the shared memory at `path`."""
-        config, shapes = self.kinds[kind]
+        config, places = self.kinds[kind]
         params = torch.frombuffer(open_shared(path), dtype=torch.float32)
-        sizes = [rows * columns for rows, columns in shapes.values()]
-        parts = zip(shapes.items(), params.split(sizes), strict=True)
-        self.staged[name] = Staged(config, {tensor: part.view(s) for (tensor, s), part in parts})
+        tensors = {
+            tensor: params[start : start + rows * columns].view(rows, columns)
+            for tensor, (start, rows, columns) in places.items()
+        }
+        self.staged[name] = Staged(config, tensors)
 
     def point_adapter(self, number: int, name: str) -> None:
         """Requests that carry this integer id run under that adapter from the next step on."""

@@ -21,9 +21,11 @@ from .errors import InvalidInput, Unavailable
 from .op import Handle, Op, chain, completed, forward_result
 from .sync import HasSync
 from .types import (
+    ROUTED_EXPERTS,
     AdamParams,
     Checkpoint,
     Datum,
+    ExpertAdapters,
     ForwardBackwardOutput,
     LoraConfig,
     Match,
@@ -101,6 +103,7 @@ class SamplingClient(HasSync):
         target_prompt_logprobs: Any = None,
         prompt_alt_tokens_k: int = 0,
         topk_sample_logprobs: int = 0,
+        return_routed_experts: bool = False,
     ) -> Op[SampleResponse]:
         """Sample `num_samples` continuations of `prompt` (token ids `[T]`).
 
@@ -116,6 +119,8 @@ class SamplingClient(HasSync):
                 i + 1; -1 names none.
             prompt_alt_tokens_k: K draws at every prompt position but the first.
             topk_sample_logprobs: the K likeliest tokens for every sampled token.
+            return_routed_experts: the experts that every token went through, to be replayed in
+                training (a datum's `routed_experts`); of mixture-of-experts models on the torch engine.
 
         Raises:
             InvalidInput: empty prompt, token ids out of range, prompt and `max_tokens` beyond
@@ -133,6 +138,7 @@ class SamplingClient(HasSync):
             target_prompt_logprobs=target_prompt_logprobs,
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             topk_sample_logprobs=topk_sample_logprobs,
+            return_routed_experts=return_routed_experts,
         )
         return Op(
             chain(
@@ -453,7 +459,10 @@ def _with_weights(datum: Datum, weights: np.ndarray | None) -> Datum:
         raise InvalidInput("forward_backward_custom: every datum needs target_tokens")
     if weights is None:
         weights = np.zeros(targets.shape, np.float32)
-    return Datum(datum.model_input, {"target_tokens": targets, "weights": weights})
+    inputs = {"target_tokens": targets, "weights": weights}
+    if ROUTED_EXPERTS in datum.loss_fn_inputs:
+        inputs[ROUTED_EXPERTS] = datum.loss_fn_inputs[ROUTED_EXPERTS]
+    return Datum(datum.model_input, inputs)
 
 
 def _custom_weights(
@@ -558,6 +567,8 @@ class ServiceClient(HasSync):
         train_attn: bool = True,
         train_mlp: bool = True,
         train_unembed: bool = True,
+        train_router: bool = False,
+        experts: ExpertAdapters = "each",
         user_metadata: Mapping[str, Any] | None = None,
     ) -> Op[TrainingClient]:
         """Start a training run on `base_model`: a local folder, a model's short name or a Hugging
@@ -567,7 +578,9 @@ class ServiceClient(HasSync):
             InvalidInput: a rank below 1, an unsupported model family.
             NotFound: no such model.
         """
-        lora = LoraConfig(rank, alpha, seed, train_attn, train_mlp, train_unembed)
+        lora = LoraConfig(
+            rank, alpha, seed, train_attn, train_mlp, train_unembed, train_router, experts
+        )
         run_id = uuid.uuid4().hex[:12]
         return self._training(
             "create_run", run_id, base_model, lora, None, False, _json_values(user_metadata)

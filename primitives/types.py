@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -17,7 +17,9 @@ Message: TypeAlias = dict[str, Any]
 """A chat message: at least `role` and `content`, as chat templates read them."""
 
 StopReason = Literal["stop", "length"]
+ExpertAdapters = Literal["each", "shared"]
 MAX_SEED = (1 << 63) - 1
+ROUTED_EXPERTS = "routed_experts"
 
 
 def token_array(tokens: Any, what: str = "tokens") -> np.ndarray:
@@ -76,6 +78,8 @@ class Datum:
     `loss_fn_inputs` holds arrays of length T (`target_tokens` int64; `weights`, `logprobs`,
     `advantages`, ... float32). For `cross_entropy`, `target_tokens` and `weights` may also be
     `[T, K]`: K weighted targets per position (soft targets), with weight 0 where there are fewer.
+    For mixtures of experts, `routed_experts` `[T, layers, k]` may be there too, integers: the experts that
+    each token is to go through, as a `SampledSequence` has them; -1 where the router is to choose.
     torch tensors and lists are accepted and copied to numpy.
     """
 
@@ -107,6 +111,12 @@ class LoraConfig:
 
     `alpha` defaults to 32 whatever the rank, so that one learning rate serves all ranks
     (Schulman et al., "LoRA Without Regret", 2025).
+
+    Attributes:
+        train_mlp: the MLP layers, routed experts among them.
+        train_router: the routers of a mixture-of-experts model, which choose experts.
+        experts: "each" routed expert has an A and B of this rank of its own, or all those of a layer
+            have "shared" ones, E times fewer parameters.
     """
 
     rank: int = 32
@@ -115,14 +125,19 @@ class LoraConfig:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    train_router: bool = False
+    experts: ExpertAdapters = "each"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise InvalidInput(f"rank must be an integer of at least 1, got {self.rank!r}")
         if not np.isfinite(self.alpha) or self.alpha <= 0:
             raise InvalidInput(f"alpha must be a positive number, got {self.alpha!r}")
-        if not (self.train_attn or self.train_mlp or self.train_unembed):
-            raise InvalidInput("set at least one of train_attn, train_mlp, train_unembed")
+        if self.experts not in get_args(ExpertAdapters):
+            raise InvalidInput(f'experts must be "each" or "shared", got {self.experts!r}')
+        groups = ("train_attn", "train_mlp", "train_unembed", "train_router")
+        if not any(getattr(self, group) for group in groups):
+            raise InvalidInput(f"set at least one of {', '.join(groups)}")
         _check_seed(self.seed)
 
 
@@ -223,7 +238,8 @@ class SampleRequest:
     """One call of `SamplingClient.sample`, as the sampling engines take it.
 
     `target_prompt_logprobs` int64 `[T - 1, K]`: row i names tokens to score at prompt position
-    i + 1; -1 names none.
+    i + 1; -1 names none. `return_routed_experts`: of a mixture of experts, which ones each token went
+    through.
     """
 
     prompt: np.ndarray
@@ -236,6 +252,7 @@ class SampleRequest:
     target_prompt_logprobs: np.ndarray | None = None
     prompt_alt_tokens_k: int = 0
     topk_sample_logprobs: int = 0
+    return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_array(self.prompt, "prompt"))
@@ -295,13 +312,18 @@ class TokenLogprobs:
 class SampledSequence:
     """One completion: tokens int64 `[T]`, logprobs float32 `[T]` of the temperature-scaled
     distribution (before top_k and top_p), versions int32 `[T]` of the policy per token, and, if
-    asked for, the K likeliest tokens of that distribution per token, likeliest first."""
+    asked for, the K likeliest tokens of that distribution per token, likeliest first.
+
+    `routed_experts`, if asked for: the experts that each of the P prompt tokens and of the sampled ones but
+    the last, which is never fed to the model, went through: uint8 or int16 `[P + T - 1, layers, k]`.
+    """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
     stop_reason: StopReason
     topk_logprobs: TokenLogprobs | None = None
+    routed_experts: np.ndarray | None = None
 
     @classmethod
     def of(cls, tokens: Sequence[SampledToken]) -> SampledSequence:

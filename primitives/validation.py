@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .errors import InvalidInput
-from .types import Datum
+from .types import ROUTED_EXPERTS, Datum
 
 MAX_TTL_S = 100 * 365 * 86400
 
@@ -34,10 +34,12 @@ def validate_datums(
     *,
     optional: Sequence[str] = (),
     multi_target: bool = False,
+    routed: tuple[int, int, int] | None = None,
 ) -> None:
     """Check every datum against a loss that takes `inputs` besides `target_tokens`, and `optional`
     ones if given. With `multi_target`, `target_tokens` may be `[T, K]` as well as `[T]`; all other
-    inputs have its shape.
+    inputs have its shape, but `routed_experts`. `routed`: how many layers with routers, experts of each,
+    and experts of a token the model has; None: it has none.
 
     Raises:
         InvalidInput: naming the datum's index and the field.
@@ -51,6 +53,9 @@ def validate_datums(
         _check_fields(name, datum, wanted, optional)
         _check_targets(name, datum, multi_target)
         for field, array in datum.loss_fn_inputs.items():
+            if field == ROUTED_EXPERTS:
+                _check_routed(f"{name}: {ROUTED_EXPERTS}", array, datum.model_input.length, routed)
+                continue
             _check_values(f"{name}: loss_fn_inputs[{field!r}]", field, array, vocab_size)
 
 
@@ -70,7 +75,7 @@ def _check_fields(name: str, datum: Datum, wanted: Sequence[str], optional: Sequ
         if field not in datum.loss_fn_inputs:
             raise InvalidInput(f"{name}: loss_fn_inputs[{field!r}] is missing")
     for field in datum.loss_fn_inputs:
-        if field not in (*wanted, *optional):
+        if field not in (*wanted, *optional, ROUTED_EXPERTS):
             known = ", ".join([*wanted, *(f"{o} if you like" for o in optional)])
             raise InvalidInput(
                 f"{name}: loss_fn_inputs[{field!r}] is not an input of this loss ({known})"
@@ -91,7 +96,7 @@ def _check_targets(name: str, datum: Datum, multi_target: bool) -> None:
     if shape[-1] == 0:
         raise InvalidInput(f"{where} has shape {shape}: give at least one target per position")
     for field, array in datum.loss_fn_inputs.items():
-        if array.shape != shape:
+        if array.shape != shape and field != ROUTED_EXPERTS:
             raise InvalidInput(
                 f"{name}: loss_fn_inputs[{field!r}] has shape {array.shape}, target_tokens {shape}"
             )
@@ -107,6 +112,37 @@ def _check_values(where: str, field: str, array: np.ndarray, vocab_size: int) ->
     elif not np.isfinite(array).all():
         position = _first(~np.isfinite(array))
         raise InvalidInput(f"{where} is {array[position]} at position {_text(position)}")
+
+
+def _check_routed(
+    where: str, array: np.ndarray, length: int, routed: tuple[int, int, int] | None
+) -> None:
+    if routed is None:
+        raise InvalidInput(f"{where} is there, but the model has no routed experts: leave it out")
+    layers, experts, k = routed
+    if array.shape != (length, layers, k):
+        raise InvalidInput(
+            f"{where} has shape {array.shape}, expected {(length, layers, k)}: of each token of "
+            f"model_input, in each layer with a router, {k} experts"
+        )
+    if array.dtype.kind not in "iu":
+        raise InvalidInput(f"{where} must be integers, got dtype {array.dtype}")
+    outside = (array < -1) | (array >= experts)
+    if outside.any():
+        position = _first(outside)
+        raise InvalidInput(
+            f"{where} is {array[position]} at position {_text(position)}: experts are 0 to {experts - 1}"
+        )
+    ascending = np.sort(array, -1)
+    repeated = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] >= 0)
+    mixed = (array < 0).any(-1) & (array >= 0).any(-1)
+    bad = repeated.any(-1) | mixed
+    if bad.any():
+        position = _first(bad)
+        raise InvalidInput(
+            f"{where} is {array[position].tolist()} at position {_text(position)}: give {k} different "
+            "experts, or only -1"
+        )
 
 
 def _check_tokens(where: str, tokens: np.ndarray, vocab_size: int) -> None:

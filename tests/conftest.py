@@ -25,6 +25,11 @@ def tiny_qwen3(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory) -> str:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-moe", "qwen3_moe")
+
+
+@pytest.fixture(scope="session")
 def tiny_home(tmp_path_factory):
     """A `TINSMITH_HOME` whose models folder holds `tiny-llama` and `tiny-qwen3`."""
     home = tmp_path_factory.mktemp("home")

@@ -14,6 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CHAT_TEMPLATE = (
@@ -57,11 +59,12 @@ def make_tiny_model(
     tied: bool | None = None,
     intermediate: int = 96,
 ) -> str:
-    """Write a seeded random model (`llama`, `qwen2` or `qwen3`) with its tokenizer to `path`.
+    """Write a seeded random model (`llama`, `qwen2`, `qwen3` or `qwen3_moe`) with its tokenizer to
+    `path`.
 
     Two layers, hidden size 64 (qwen2: four times `head_dim`), four query heads over two key/value
-    heads; about 0.1M parameters. `tied`: whether the output matrix is the embedding (None: yes, in
-    qwen3 no).
+    heads; about 0.1M parameters. `qwen3_moe` has eight experts of a third of `intermediate`, of which
+    a token takes two. `tied`: whether the output matrix is the embedding (None: yes, in qwen3 no).
     """
     tokenizer = tiny_tokenizer()
     shape = dict(
@@ -80,12 +83,21 @@ def make_tiny_model(
     )
     if family == "qwen2":
         shape["hidden_size"] = 4 * shape.pop("head_dim")
-    shape["tie_word_embeddings"] = family != "qwen3" if tied is None else tied
+    shape["tie_word_embeddings"] = not family.startswith("qwen3") if tied is None else tied
     torch.manual_seed(seed)
     model = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**shape)),
+        "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **shape,
+                moe_intermediate_size=intermediate // 3,
+                num_experts=8,
+                num_experts_per_tok=2,
+                norm_topk_prob=True,
+            )
+        ),
     }[family]()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # zero at first

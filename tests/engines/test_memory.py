@@ -22,7 +22,7 @@ from tinsmith.primitives.types import Datum, LoraConfig
 LORA = LoraConfig(rank=16, seed=0)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "qwen3_moe"])
 def path(request, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("models") / "small"
     return make_tiny_model(folder, request.param, head_dim=32, intermediate=192)

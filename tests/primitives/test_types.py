@@ -61,7 +61,7 @@ def test_inputs_that_are_no_numbers_are_named():
         ({"alpha": float("nan")}, "alpha must be a positive number"),
         (
             {"train_attn": False, "train_mlp": False, "train_unembed": False},
-            "set at least one of train_attn, train_mlp, train_unembed",
+            "set at least one of train_attn, train_mlp, train_unembed, train_router",
         ),
     ],
 )
