@@ -45,6 +45,6 @@ async def test_a_mixture_of_experts_from_sample_to_checkpoint(service, tiny_moe,
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a["logprobs"], b["logprobs"])
     inputs = {**data[0].loss_fn_inputs, "routed_experts": np.zeros((1, 2, 2), np.int64)}
-    wrong = [tinsmith.Datum(data[0].model_input, inputs)]
+    wrong = tinsmith.Datum(data[0].model_input, inputs)
     with pytest.raises(tinsmith.InvalidInput, match="datum 0: routed_experts has shape"):
-        await training.forward(wrong, "cross_entropy")
+        await training.forward([wrong], "cross_entropy")

@@ -9,15 +9,17 @@ from time import perf_counter
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoTokenizer
 
 import tinsmith
 from tests.actors.script import run_script
 from tests.tiny import make_tiny_model
-from tinsmith.engines import vllm_coverage
-from tinsmith.engines.backbone import Backbone
+from tinsmith.engines.adapter_files import CONFIG, WEIGHTS, write_adapter
+from tinsmith.engines.backbone import Backbone, targets_of_folder
 from tinsmith.engines.learner import LearnerEngine
+from tinsmith.engines.lora import AdapterLayout
 from tinsmith.engines.vllm_coverage import Coverage
 from tinsmith.engines.vllm_start import VllmOptions
 from tinsmith.primitives.types import Datum, LoraConfig, PolicyRef, SampleRequest, SamplingParams
@@ -119,18 +121,13 @@ def test_heads_for_which_vllm_has_no_attention_on_a_cpu_are_refused(tmp_path, mo
     check(folder, trains("attn"))
 
 
-def test_experts_fall_under_the_check(tmp_path, monkeypatch):
-    def with_experts(_):
-        names = ("self_attn.q_proj", "mlp.experts.0.gate_proj", "mlp.experts.1.down_proj")
-        return {f"model.layers.0.{name}": (8, 8) for name in names}
-
-    monkeypatch.setattr(vllm_coverage, "targets_of_folder", with_experts)
-    folder = model_folder(tmp_path)
+def test_experts_fall_under_the_check(tiny_moe, monkeypatch):
+    folder, others = tiny_moe, ["gate", "k_proj", "lm_head", "o_proj", "q_proj", "v_proj"]
     with pytest.raises(tinsmith.InvalidInput, match="on a CPU it runs no mixture of experts"):
         check(folder, trains("attn"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check(folder, trains("attn", "mlp"))
-    assert Coverage.of(folder, VllmOptions()).modules() == ["experts", "q_proj"]
+    assert Coverage.of(folder, VllmOptions()).modules() == sorted(["experts", *others])
     parallel = {"enable_expert_parallel": True}
     check(folder, trains("mlp"), parallel)
     for more, reason in (
@@ -142,7 +139,42 @@ def test_experts_fall_under_the_check(tmp_path, monkeypatch):
         ):
             check(folder, trains("attn", "mlp"), {**parallel, **more})
         check(folder, trains("attn"), {**parallel, **more})
-        assert Coverage.of(folder, VllmOptions(more={**parallel, **more})).modules() == ["q_proj"]
+        assert Coverage.of(folder, VllmOptions(more={**parallel, **more})).modules() == others
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["each", "shared"])
+def test_vllm_packs_the_experts_of_an_adapter(tiny_moe, experts):
+    """By its own code, as far as it goes without a GPU; and each stack is what the learner holds."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import PackedLoRALayerWeights
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    lora = LoraConfig(rank=3, alpha=8, train_router=True, experts=experts)
+    layout = AdapterLayout.of(lora, targets_of_folder(tiny_moe))
+    flat = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
+    files = write_adapter(layout, flat, tiny_moe)
+    helper = PEFTHelper.from_dict(json.loads(files[CONFIG]))
+    tensors = safetensors.torch.load(files[WEIGHTS])
+    model = LoRAModel.from_lora_tensors(1, tensors, helper, "cpu", torch.float32)
+    mapping = RoutedExperts.make_expert_params_mapping(
+        torch.nn.Module(), "gate_proj", "down_proj", "up_proj", 8
+    )
+    for layer in range(2):
+        block = f"model.layers.{layer}.mlp"
+        names = [f"{block}.{weight.rstrip('.')}" for _, weight, _, _ in mapping]
+        packed = PackedLoRALayerWeights.pack_moe(
+            [model.loras.pop(name) for name in names], f"{block}.experts"
+        )
+        views = layout.views(flat)
+        for index, projection in enumerate(("gate_proj", "down_proj", "up_proj")):
+            a, b = views[f"{block}.experts.{projection}"]
+            for ours, theirs in ((a, packed.lora_a[index]), (b, packed.lora_b[index])):
+                assert torch.equal(ours.expand(8, -1, -1), theirs)
+        assert packed.scaling == [8 / 3] * 3
+    left = {name.rpartition(".")[2] for name in model.loras}
+    assert left == {"q_proj", "k_proj", "v_proj", "o_proj", "gate", "lm_head"}
 
 
 def test_a_rank_that_no_vllm_serves_is_refused_without_advice_that_would_not_help(tmp_path):
