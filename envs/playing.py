@@ -50,6 +50,7 @@ class Seat:
     renderer: ChatRenderer
     params: SamplingParams
     seed: str
+    routed_experts: bool = False  # are recorded
 
 
 Seats = Callable[[Sequence[str]], Mapping[str, Seat]]
@@ -230,8 +231,9 @@ class _Player:
         assert self.seat is not None
         assert self.conversation is not None
         params = _turn_params(self.seat, len(self.rewards))
+        asked = {"return_routed_experts": True} if self.seat.routed_experts else {}
         try:
-            response = await self.seat.policy.sample(self.conversation.prompt, 1, params)
+            response = await self.seat.policy.sample(self.conversation.prompt, 1, params, **asked)
         except (Unavailable, OutOfCapacity) as error:
             return error
         return response.sequences[0]
