@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from ..envs.episode import EpisodeLimits
 from ..primitives.errors import InvalidInput
-from ..primitives.types import AdamParams, ExpertAdapters
+from ..primitives.types import AdamParams
 from .advantages import get_batch_advantage
 from .datums import IMPORTANCE_LEVELS, NORMALIZATIONS
 
@@ -37,9 +37,6 @@ class TrainConfig:
         train_attn: adapt the attention layers.
         train_mlp: adapt the MLP layers.
         train_unembed: adapt the output layer too.
-        train_router: adapt the routers of a mixture of experts too.
-        experts: whether "each" of them has an adapter, or a layer's have one that is "shared".
-        router_replay: of a mixture of experts, train through the experts that the sampler chose.
         grad_clip_norm: largest L2 norm of the gradient (0: no clipping).
         steps: optimizer steps in all.
         groups_per_step: groups of episodes that a step trains on.
@@ -97,9 +94,6 @@ class TrainConfig:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
-    train_router: bool = False
-    experts: str = "each"
-    router_replay: bool = False
     learning_rate: float = 1e-4
     grad_clip_norm: float = 1.0
     steps: int = 50
@@ -158,7 +152,6 @@ class TrainConfig:
             ("importance_level", IMPORTANCE_LEVELS),
             ("normalize", NORMALIZATIONS),
             ("kl_form", KL_FORMS),
-            ("experts", get_args(ExpertAdapters)),
         ):
             if getattr(self, name) not in choices:
                 raise InvalidInput(

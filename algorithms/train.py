@@ -264,7 +264,6 @@ class _Runner:
                     seed=derived_seed(self.config.seed, 1, index, member),
                 ),
                 limits=self.limits,
-                return_routed_experts=self.config.router_replay,
             )
         )
 

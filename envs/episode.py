@@ -47,9 +47,6 @@ class EpisodeSpec:
     `seed` and `options` go to the environment's `reset`. Turn t samples with a seed derived from
     `sampling_params.seed` (or else `seed`) and t, so that an episode is repeatable: the members
     of a group share `seed` and differ in `sampling_params.seed`.
-
-    `return_routed_experts` records the experts that tokens went through (of a mixture of experts, by the
-    torch engine), with which `trajectory_datums` has them replayed in training.
     """
 
     env: str
@@ -59,7 +56,6 @@ class EpisodeSpec:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] | None = None
     limits: EpisodeLimits = field(default_factory=EpisodeLimits)
-    return_routed_experts: bool = False
     source: EnvSource = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +86,7 @@ async def play_episode(pool: EnvPool, renderer: ChatRenderer, spec: EpisodeSpec)
             )
         params = spec.sampling_params
         seed = str(spec.seed if params.seed is None else params.seed)
-        return {agents[0]: Seat(spec.policy, renderer, params, seed, spec.return_routed_experts)}
+        return {agents[0]: Seat(spec.policy, renderer, params, seed)}
 
     match = await play(pool, spec, seats)
     (trajectory,) = match.trajectories.values()

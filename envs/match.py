@@ -37,8 +37,6 @@ class MatchSpec:
     `limits` hold for each agent (turns, context) and for the match (seconds, memory); an agent
     that reaches its own forfeits, as the game says.
 
-    `return_routed_experts`: as of an `EpisodeSpec`, for the agents named.
-
     Raises:
         InvalidInput: naming the agent whose policy or sampling parameters cannot be used.
     """
@@ -52,7 +50,6 @@ class MatchSpec:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] | None = None
     limits: EpisodeLimits = field(default_factory=EpisodeLimits)
-    return_routed_experts: Sequence[str] = ()
     source: EnvSource = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,8 +82,7 @@ class MatchSpec:
     def seat(self, agent: str, renderer: ChatRenderer) -> Seat:
         params = self._params(agent)
         seed = self.seed if params.seed is None else params.seed
-        routed = agent in self.return_routed_experts
-        return Seat(self.samplers[agent], renderer, params, f"{seed} {agent}", routed)
+        return Seat(self.samplers[agent], renderer, params, f"{seed} {agent}")
 
     def _params(self, agent: str) -> SamplingParams:
         params = self.sampling_params

@@ -50,7 +50,6 @@ class Seat:
     renderer: ChatRenderer
     params: SamplingParams
     seed: str
-    routed_experts: bool = False  # are recorded
 
 
 Seats = Callable[[Sequence[str]], Mapping[str, Seat]]
@@ -231,9 +230,8 @@ class _Player:
         assert self.seat is not None
         assert self.conversation is not None
         params = _turn_params(self.seat, len(self.rewards))
-        asked = {"return_routed_experts": True} if self.seat.routed_experts else {}
         try:
-            response = await self.seat.policy.sample(self.conversation.prompt, 1, params, **asked)
+            response = await self.seat.policy.sample(self.conversation.prompt, 1, params)
         except (Unavailable, OutOfCapacity) as error:
             return error
         return response.sequences[0]

@@ -195,7 +195,6 @@ class GrowingSegment:
         self.mask: list[bool] = []
         self.logprobs: list[float] = []
         self.versions: list[int] = []
-        self.routed: np.ndarray | None = None
         self.sampled = False
         self.give(prompt)
 
@@ -206,11 +205,6 @@ class GrowingSegment:
         self.versions.extend([-1] * len(tokens))
 
     def sample(self, sequence: SampledSequence) -> None:
-        if sequence.routed_experts is not None:
-            # The sampler may compute earlier tokens again, under new weights.
-            seen = 0 if self.routed is None else len(self.routed)
-            new = sequence.routed_experts[seen:]
-            self.routed = new if self.routed is None else np.concatenate([self.routed, new])
         self.tokens.extend(sequence.tokens.tolist())
         self.mask.extend([True] * len(sequence.tokens))
         self.logprobs.extend(sequence.logprobs.tolist())
@@ -223,5 +217,4 @@ class GrowingSegment:
             np.asarray(self.mask, bool),
             np.asarray(self.logprobs, np.float32),
             np.asarray(self.versions, np.int32),
-            self.routed,
         )

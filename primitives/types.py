@@ -476,15 +476,13 @@ class Segment:
     """One growing token sequence of a trajectory, all arrays `[T]`.
 
     `tokens` int64; `mask` bool, true where the policy sampled; `logprobs` float32 and
-    `versions` int32 as sampled, 0 and -1 where `mask` is false. `routed_experts`, if they were asked for:
-    those that the first tokens went through when they were first seen, `[up to T, layers, k]`.
+    `versions` int32 as sampled, 0 and -1 where `mask` is false.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
-    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

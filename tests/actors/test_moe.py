@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import tinsmith
-from tinsmith.algorithms.datums import trajectory_datums
 
 PROMPT = np.random.default_rng(0).integers(0, 336, 20)
 
@@ -49,30 +48,3 @@ async def test_a_mixture_of_experts_from_sample_to_checkpoint(service, tiny_moe,
     wrong = tinsmith.Datum(data[0].model_input, inputs)
     with pytest.raises(tinsmith.InvalidInput, match="datum 0: routed_experts has shape"):
         await training.forward([wrong], "cross_entropy")
-
-
-async def test_an_episodes_experts_are_replayed(service, tiny_moe):
-    training = await service.create_lora_training_client(
-        tiny_moe, rank=4, seed=0, train_router=True
-    )
-    workers = await service.create_env_client(tiny_moe)
-    live = training.live_sampling_client()
-    await live.ready()
-    spec = tinsmith.EpisodeSpec(
-        "calculator",
-        live,
-        tinsmith.SamplingParams(max_tokens=6, seed=1),
-        limits=tinsmith.EpisodeLimits(max_turns=3),
-        return_routed_experts=True,
-    )
-    played = await workers.run_episode(spec)
-    data = trajectory_datums(played, 1.0)
-    assert data
-    for datum in data:
-        assert len(datum.loss_fn_inputs["routed_experts"]) == datum.model_input.length
-    output = await training.forward_backward(data, "cispo")
-    masks = [d.loss_fn_inputs["advantages"] != 0 for d in data]
-    for datum, mask, out in zip(data, masks, output.loss_fn_outputs, strict=True):
-        np.testing.assert_allclose(
-            out["logprobs"][mask], datum.loss_fn_inputs["logprobs"][mask], atol=1e-4
-        )
