@@ -27,8 +27,8 @@ async def test_a_mixture_of_experts_from_sample_to_checkpoint(service, tiny_moe,
     )
     for step in range(2):
         policy = await training.save_weights_and_get_sampling_client()
-        params = tinsmith.SamplingParams(max_tokens=8, stop=[], seed=step)
-        response = await policy.sample(PROMPT, 3, params, return_routed_experts=True)
+        params = tinsmith.SamplingParams(8, step, [], return_routed_experts=True)
+        response = await policy.sample(PROMPT, 3, params)
         data = [replayed(s) for s in response.sequences]
         assert all(len(d.loss_fn_inputs["routed_experts"]) == d.model_input.length for d in data)
         output = await training.forward_backward(data, "cross_entropy")
