@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import tinsmith
+from tests.algorithms.test_train import CONFIG, groups, rows
 
 PROMPT = np.random.default_rng(0).integers(0, 336, 20)
 
@@ -48,3 +52,19 @@ async def test_a_mixture_of_experts_from_sample_to_checkpoint(service, tiny_moe,
     wrong = tinsmith.Datum(data[0].model_input, inputs)
     with pytest.raises(tinsmith.InvalidInput, match="datum 0: routed_experts has shape"):
         await training.forward([wrong], "cross_entropy")
+
+
+async def test_the_training_loop_replays_what_its_episodes_recorded(service, tiny_moe):
+    """Over two turns each; trainer and sampler agree to 1e-4."""
+    config = replace(CONFIG, model=tiny_moe, steps=2, router_replay=True, train_router=True)
+    result = await tinsmith.train(service, config)
+    for row in rows(result.run_dir):
+        assert row["mismatch_max"] < 1e-4
+    for group in groups(result.run_dir, 2):
+        for trajectory in group.trajectories:
+            for segment in trajectory.segments:
+                experts, last = segment.routed_experts, np.flatnonzero(segment.mask)[-1]
+                assert experts.shape == (len(segment.tokens), 2, 2)
+                assert (experts[:last] >= 0).all()
+    config = json.loads((result.run_dir / "run.json").read_text())["config"]
+    assert config["router_replay"] is True
