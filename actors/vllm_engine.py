@@ -304,7 +304,7 @@ class VllmEngine:
 
     def _draws(self, request: SampleRequest, listener: Listener | None = None) -> list[Draw]:
         max_tokens = check_request(request, self.vocab_size, self.max_context)
-        if request.return_routed_experts:
+        if request.params.return_routed_experts:
             raise InvalidInput(
                 "return_routed_experts: only the torch engine tells; connect with engine='torch'"
             )

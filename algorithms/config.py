@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from ..envs.episode import EpisodeLimits
 from ..primitives.errors import InvalidInput
-from ..primitives.types import AdamParams
+from ..primitives.types import AdamParams, ExpertAdapters
 from .advantages import get_batch_advantage
 from .datums import IMPORTANCE_LEVELS, NORMALIZATIONS
 
@@ -37,6 +37,9 @@ class TrainConfig:
         train_attn: adapt the attention layers.
         train_mlp: adapt the MLP layers.
         train_unembed: adapt the output layer too.
+        train_router: adapt the routers of a mixture of experts.
+        experts: `each` expert of a mixture has an adapter of its own, or those of a layer have a
+            `shared` one.
         grad_clip_norm: largest L2 norm of the gradient (0: no clipping).
         steps: optimizer steps in all.
         groups_per_step: groups of episodes that a step trains on.
@@ -70,6 +73,8 @@ class TrainConfig:
             up to 4 times.
         replay_staleness: largest number of optimizer steps between the oldest token of a replayed
             group and the step that trains on it.
+        router_replay: of a mixture of experts on the torch engine, train every token through the experts
+            that it went through when it was sampled.
         max_tokens: per model turn.
         max_turns: the model's turns in an episode, at most.
         step_seconds: time limit of one step of the environment.
@@ -94,6 +99,8 @@ class TrainConfig:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    train_router: bool = False
+    experts: str = "each"
     learning_rate: float = 1e-4
     grad_clip_norm: float = 1.0
     steps: int = 50
@@ -117,6 +124,7 @@ class TrainConfig:
     overlong_filter: bool = False
     replay_groups: int = 0
     replay_staleness: int = 4
+    router_replay: bool = False
     max_tokens: int = 64
     max_turns: int = 8
     temperature: float = 1.0
@@ -152,6 +160,7 @@ class TrainConfig:
             ("importance_level", IMPORTANCE_LEVELS),
             ("normalize", NORMALIZATIONS),
             ("kl_form", KL_FORMS),
+            ("experts", get_args(ExpertAdapters)),
         ):
             if getattr(self, name) not in choices:
                 raise InvalidInput(

@@ -10,25 +10,33 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..primitives.errors import InvalidInput, NotFound
-from ..primitives.types import Datum, ForwardBackwardOutput, ModelInput, Segment, Trajectory
+from ..primitives.types import (
+    ROUTED_EXPERTS,
+    Datum,
+    ForwardBackwardOutput,
+    ModelInput,
+    Segment,
+    Trajectory,
+)
 
 
 def segment_datum(segment: Segment, advantage: float) -> Datum | None:
     """The datum of one segment for a policy-gradient loss: `advantage` on every sampled token, 0
-    elsewhere. What follows the last sampled token is cut; None if nothing was sampled."""
+    elsewhere; with the experts that tokens went through, if the sampler told. What follows the last
+    sampled token is cut; None if nothing was sampled."""
     sampled = np.flatnonzero(segment.mask)
     if len(sampled) == 0 or sampled[-1] == 0:
         return None
     stop = int(sampled[-1]) + 1
     mask = segment.mask[1:stop]
-    return Datum(
-        ModelInput(segment.tokens[: stop - 1]),
-        {
-            "target_tokens": segment.tokens[1:stop],
-            "logprobs": segment.logprobs[1:stop],
-            "advantages": np.where(mask, np.float32(advantage), np.float32(0)),
-        },
-    )
+    inputs = {
+        "target_tokens": segment.tokens[1:stop],
+        "logprobs": segment.logprobs[1:stop],
+        "advantages": np.where(mask, np.float32(advantage), np.float32(0)),
+    }
+    if segment.routed_experts is not None:
+        inputs[ROUTED_EXPERTS] = segment.routed_experts[: stop - 1]
+    return Datum(ModelInput(segment.tokens[: stop - 1]), inputs)
 
 
 def trajectory_datums(trajectory: Trajectory, advantage: float) -> list[Datum]:

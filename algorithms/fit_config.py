@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from ..primitives.errors import InvalidInput
-from ..primitives.types import AdamParams
+from ..primitives.types import AdamParams, ExpertAdapters
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -33,6 +33,9 @@ class FitConfig:
         train_attn: adapt the attention layers.
         train_mlp: adapt the MLP layers.
         train_unembed: adapt the output layer too.
+        train_router: adapt the routers of a mixture of experts.
+        experts: `each` expert of a mixture has an adapter of its own, or those of a layer have a
+            `shared` one.
         learning_rate: the highest that the schedule reaches.
         schedule: `constant`, `linear` or `cosine`: how the learning rate falls after the warm-up.
         warmup: share of the steps over which the learning rate rises linearly from 0.
@@ -57,6 +60,8 @@ class FitConfig:
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    train_router: bool = False
+    experts: str = "each"
     learning_rate: float = 2e-4
     schedule: str = "linear"
     warmup: float = 0.05
@@ -87,6 +92,7 @@ class FitConfig:
         if not 0 <= self.validation < 1:
             raise InvalidInput(f"{name}.validation must be at least 0 and below 1")
         check_choice(self, "schedule", SCHEDULES)
+        check_choice(self, "experts", get_args(ExpertAdapters))
         self.adam(0, 1)
 
     def total_steps(self, examples: int) -> int:

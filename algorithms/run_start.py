@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from ..primitives.client import ServiceClient, TrainingClient
 from ..primitives.errors import InvalidInput
+from ..primitives.types import ExpertAdapters
 from .config import TrainConfig
 from .fit_config import FitConfig
 
@@ -29,6 +30,8 @@ async def new_training_client(
             train_attn=config.train_attn,
             train_mlp=config.train_mlp,
             train_unembed=config.train_unembed,
+            train_router=config.train_router,
+            experts=cast(ExpertAdapters, config.experts),
             user_metadata=about,
         )
     training = await service.create_training_client_from_state(config.start, user_metadata=about)

@@ -262,6 +262,7 @@ class _Runner:
                     max_tokens=self.config.max_tokens,
                     temperature=self.config.temperature,
                     seed=derived_seed(self.config.seed, 1, index, member),
+                    return_routed_experts=self.config.router_replay,
                 ),
                 limits=self.limits,
             )

@@ -221,7 +221,7 @@ class SamplerEngine:
         """
         length, params = len(request.prompt), request.params
         max_tokens = check_request(request, self.backbone.vocab_size, self.backbone.max_context)
-        if request.return_routed_experts and self.routes is None:
+        if params.return_routed_experts and self.routes is None:
             raise InvalidInput("return_routed_experts: the model has no routed experts")
         self.adapters.resolve(request.policy)
         shared = length // self.block_size
@@ -606,7 +606,7 @@ class SamplerEngine:
         if s.stop_reason is None:
             return
         self._drawing.remove(s)
-        if self.routes is not None and entry.request.return_routed_experts:
+        if self.routes is not None and entry.request.params.return_routed_experts:
             s.routed = self.routes.read(s.blocks, s.cached)
         for block in s.blocks:
             self.pool.release(block)

@@ -195,6 +195,7 @@ class GrowingSegment:
         self.mask: list[bool] = []
         self.logprobs: list[float] = []
         self.versions: list[int] = []
+        self.routed: list[np.ndarray] = []  # a token's each, of the first ones
         self.sampled = False
         self.give(prompt)
 
@@ -205,6 +206,8 @@ class GrowingSegment:
         self.versions.extend([-1] * len(tokens))
 
     def sample(self, sequence: SampledSequence) -> None:
+        if sequence.routed_experts is not None:  # of all tokens up to here, and the new ones
+            self.routed.extend(sequence.routed_experts[len(self.routed) :])
         self.tokens.extend(sequence.tokens.tolist())
         self.mask.extend([True] * len(sequence.tokens))
         self.logprobs.extend(sequence.logprobs.tolist())
@@ -217,4 +220,12 @@ class GrowingSegment:
             np.asarray(self.mask, bool),
             np.asarray(self.logprobs, np.float32),
             np.asarray(self.versions, np.int32),
+            self._routed_experts(),
         )
+
+    def _routed_experts(self) -> np.ndarray | None:
+        if not self.routed:
+            return None
+        known = np.stack(self.routed).astype(np.int16)
+        rest = np.full((len(self.tokens) - len(known), *known.shape[1:]), -1, np.int16)
+        return np.concatenate([known, rest])

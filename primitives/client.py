@@ -103,7 +103,6 @@ class SamplingClient(HasSync):
         target_prompt_logprobs: Any = None,
         prompt_alt_tokens_k: int = 0,
         topk_sample_logprobs: int = 0,
-        return_routed_experts: bool = False,
     ) -> Op[SampleResponse]:
         """Sample `num_samples` continuations of `prompt` (token ids `[T]`).
 
@@ -119,8 +118,6 @@ class SamplingClient(HasSync):
                 i + 1; -1 names none.
             prompt_alt_tokens_k: K draws at every prompt position but the first.
             topk_sample_logprobs: the K likeliest tokens for every sampled token.
-            return_routed_experts: the experts that every token went through, to be replayed in
-                training (a datum's `routed_experts`); of mixture-of-experts models on the torch engine.
 
         Raises:
             InvalidInput: empty prompt, token ids out of range, prompt and `max_tokens` beyond
@@ -138,7 +135,6 @@ class SamplingClient(HasSync):
             target_prompt_logprobs=target_prompt_logprobs,
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             topk_sample_logprobs=topk_sample_logprobs,
-            return_routed_experts=return_routed_experts,
         )
         return Op(
             chain(
@@ -155,7 +151,8 @@ class SamplingClient(HasSync):
         topk_sample_logprobs: int = 0,
     ) -> AsyncIterator[SampledToken]:
         """Sample, yielding each token as it is drawn, with the K likeliest tokens if
-        `topk_sample_logprobs=K`. Leaving the loop withdraws the request."""
+        `topk_sample_logprobs=K`. Leaving the loop withdraws the request. Routed experts are told with
+        whole samples only."""
         grant = await Op(self._grant)
         request = SampleRequest(
             token_array(prompt, "prompt"),

@@ -19,6 +19,7 @@ class _Segment(msgspec.Struct):
     mask: list[bool]
     logprobs: list[float]
     versions: list[int]
+    routed_experts: list[list[list[int]]] | None = None
 
 
 class _Trajectory(msgspec.Struct):
@@ -35,10 +36,7 @@ class _Trajectory(msgspec.Struct):
 def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
     """JSON values that `trajectory_from_json` turns into the same trajectory, bit for bit."""
     return {
-        "segments": [
-            {name: getattr(segment, name).tolist() for name in _DTYPES}
-            for segment in trajectory.segments
-        ],
+        "segments": [_segment_to_json(segment) for segment in trajectory.segments],
         "messages": trajectory.messages,
         "rewards": trajectory.rewards,
         "terminated": trajectory.terminated,
@@ -47,6 +45,13 @@ def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
         "seed": trajectory.seed,
         "seconds": trajectory.seconds,
     }
+
+
+def _segment_to_json(segment: Segment) -> dict[str, Any]:
+    content = {name: getattr(segment, name).tolist() for name in _DTYPES}
+    if segment.routed_experts is not None:
+        content["routed_experts"] = segment.routed_experts.tolist()
+    return content
 
 
 def trajectory_from_json(data: Mapping[str, Any]) -> Trajectory:
@@ -72,10 +77,16 @@ def trajectory_from_json(data: Mapping[str, Any]) -> Trajectory:
 
 
 def _segment(index: int, content: _Segment) -> Segment:
-    lengths = {name: len(getattr(content, name)) for name in _DTYPES}
+    routed = content.routed_experts
+    names = (*_DTYPES, *(() if routed is None else ("routed_experts",)))
+    lengths = {name: len(getattr(content, name)) for name in names}
     if len(set(lengths.values())) > 1:
         raise InvalidInput(f"not a trajectory: segments[{index}] has arrays of lengths {lengths}")
     try:
-        return Segment(**{n: np.array(getattr(content, n), kind) for n, kind in _DTYPES.items()})
-    except OverflowError as error:
+        arrays: dict[str, Any] = {
+            n: np.array(getattr(content, n), kind) for n, kind in _DTYPES.items()
+        }
+        experts = None if routed is None else np.array(routed, np.int16)
+    except (OverflowError, ValueError) as error:
         raise InvalidInput(f"not a trajectory: segments[{index}]: {error}") from None
+    return Segment(**arrays, routed_experts=experts)

@@ -174,6 +174,9 @@ class SamplingParams:
     strings or token ids replace the end tokens. `temperature=0` is greedy. `top_k=-1` and
     `top_p=1` are off. `seed` makes a request repeatable whatever else is in the batch; sample
     `i` of a request uses a stream of its own.
+
+    `return_routed_experts`: of a mixture of experts on the torch engine, tell with each sample which experts
+    its tokens went through, so that training can replay them.
     """
 
     max_tokens: int | None = None
@@ -182,6 +185,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -238,8 +242,7 @@ class SampleRequest:
     """One call of `SamplingClient.sample`, as the sampling engines take it.
 
     `target_prompt_logprobs` int64 `[T - 1, K]`: row i names tokens to score at prompt position
-    i + 1; -1 names none. `return_routed_experts`: of a mixture of experts, which ones each token went
-    through.
+    i + 1; -1 names none.
     """
 
     prompt: np.ndarray
@@ -252,7 +255,6 @@ class SampleRequest:
     target_prompt_logprobs: np.ndarray | None = None
     prompt_alt_tokens_k: int = 0
     topk_sample_logprobs: int = 0
-    return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_array(self.prompt, "prompt"))
@@ -476,13 +478,16 @@ class Segment:
     """One growing token sequence of a trajectory, all arrays `[T]`.
 
     `tokens` int64; `mask` bool, true where the policy sampled; `logprobs` float32 and
-    `versions` int32 as sampled, 0 and -1 where `mask` is false.
+    `versions` int32 as sampled, 0 and -1 where `mask` is false. If the sampler told,
+    `routed_experts` int16 `[T, layers, k]`: the experts that each token went through when it was first
+    computed, -1 for those that never were.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

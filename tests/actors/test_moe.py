@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import tinsmith
+from tests.algorithms.test_train import CONFIG, groups, rows
 
 PROMPT = np.random.default_rng(0).integers(0, 336, 20)
 
@@ -27,8 +31,8 @@ async def test_a_mixture_of_experts_from_sample_to_checkpoint(service, tiny_moe,
     )
     for step in range(2):
         policy = await training.save_weights_and_get_sampling_client()
-        params = tinsmith.SamplingParams(max_tokens=8, stop=[], seed=step)
-        response = await policy.sample(PROMPT, 3, params, return_routed_experts=True)
+        params = tinsmith.SamplingParams(8, step, [], return_routed_experts=True)
+        response = await policy.sample(PROMPT, 3, params)
         data = [replayed(s) for s in response.sequences]
         assert all(len(d.loss_fn_inputs["routed_experts"]) == d.model_input.length for d in data)
         output = await training.forward_backward(data, "cross_entropy")
@@ -48,3 +52,19 @@ async def test_a_mixture_of_experts_from_sample_to_checkpoint(service, tiny_moe,
     wrong = tinsmith.Datum(data[0].model_input, inputs)
     with pytest.raises(tinsmith.InvalidInput, match="datum 0: routed_experts has shape"):
         await training.forward([wrong], "cross_entropy")
+
+
+async def test_the_training_loop_replays_what_its_episodes_recorded(service, tiny_moe):
+    """Over two turns each; trainer and sampler agree to 1e-4."""
+    config = replace(CONFIG, model=tiny_moe, steps=2, router_replay=True, train_router=True)
+    result = await tinsmith.train(service, config)
+    for row in rows(result.run_dir):
+        assert row["mismatch_max"] < 1e-4
+    for group in groups(result.run_dir, 2):
+        for trajectory in group.trajectories:
+            for segment in trajectory.segments:
+                experts, last = segment.routed_experts, np.flatnonzero(segment.mask)[-1]
+                assert experts.shape == (len(segment.tokens), 2, 2)
+                assert (experts[:last] >= 0).all()
+    config = json.loads((result.run_dir / "run.json").read_text())["config"]
+    assert config["router_replay"] is True

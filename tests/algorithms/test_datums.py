@@ -14,7 +14,13 @@ from tinsmith.algorithms.datums import (
     truncated_importance_weights,
     turn_lengths,
 )
-from tinsmith.primitives.types import ForwardBackwardOutput, Segment, Trajectory
+from tinsmith.envs.renderer import GrowingSegment
+from tinsmith.primitives.types import (
+    ForwardBackwardOutput,
+    SampledSequence,
+    Segment,
+    Trajectory,
+)
 
 
 def trajectory(masks) -> Trajectory:
@@ -33,6 +39,38 @@ def test_a_datums_targets_logprobs_and_advantages_line_up():
     assert datum.loss_fn_inputs["target_tokens"].tolist() == [11, 12, 13, 14, 15]
     assert datum.loss_fn_inputs["advantages"].tolist() == [0, -2, -2, 0, -2]
     np.testing.assert_allclose(datum.loss_fn_inputs["logprobs"], [0, -1.2, -1.3, 0, -1.5])
+
+
+def test_experts_are_replayed_as_each_token_was_first_computed():
+    """Two turns: what the second tells of the first one's tokens is not taken, but for its last,
+    which was not computed before."""
+    growing, rng = GrowingSegment([1, 2, 3]), np.random.default_rng(0)
+    told = [
+        rng.integers(0, 8, (length, 2, 2)).astype(np.uint8) for length in (3 + 2 - 1, 7 + 3 - 1)
+    ]
+    for tokens, routed, given in (([4, 5], told[0], [6, 7]), ([8, 9, 10], told[1], [11])):
+        n = len(tokens)
+        growing.sample(
+            SampledSequence(
+                np.array(tokens),
+                np.zeros(n, np.float32),
+                np.zeros(n, np.int32),
+                "stop",
+                None,
+                routed,
+            )
+        )
+        growing.give(given)
+    segment = growing.segment()
+    np.testing.assert_array_equal(segment.routed_experts[:4], told[0])
+    np.testing.assert_array_equal(segment.routed_experts[4:9], told[1][4:])
+    assert (segment.routed_experts[9:] == -1).all()
+    assert len(segment.routed_experts) == len(segment.tokens) == 11
+    (datum,) = trajectory_datums(Trajectory([segment], [1.0], True, False, []), 1.0)
+    assert datum.model_input.to_ints() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    replayed = datum.loss_fn_inputs["routed_experts"]
+    np.testing.assert_array_equal(replayed, segment.routed_experts[:9])
+    assert (replayed >= 0).all()
 
 
 def test_every_segment_with_sampled_tokens_is_a_datum():

@@ -57,9 +57,11 @@ def sample(engine: SamplerEngine, requests: list[SampleRequest]):
     return [responses[number] for number in numbers]
 
 
-def request(prompt: np.ndarray, policy: PolicyRef = BASE, **options) -> SampleRequest:
-    params = SamplingParams(max_tokens=9, stop=[], seed=int(prompt[0]))
-    return SampleRequest(prompt, params, policy, **options)
+def request(
+    prompt: np.ndarray, policy: PolicyRef = BASE, num_samples: int = 1, told: bool = False
+) -> SampleRequest:
+    params = SamplingParams(max_tokens=9, stop=[], seed=int(prompt[0]), return_routed_experts=told)
+    return SampleRequest(prompt, params, policy, num_samples)
 
 
 def datum_of(prompt: np.ndarray, sampled, replay: bool) -> Datum:
@@ -76,7 +78,7 @@ def test_a_sample_tells_each_tokens_experts_also_from_the_cache(tiny_moe, moe):
     shared = rng.integers(0, VOCAB, 40)
     prompts = [shared, np.concatenate([shared[:35], rng.integers(0, VOCAB, 9)]), shared]
     sample(engine, [request(shared)])  # which does not ask, and leaves its blocks
-    asked = [request(p, num_samples=3, return_routed_experts=True) for p in prompts]
+    asked = [request(p, num_samples=3, told=True) for p in prompts]
     responses = sample(engine, asked)
     assert any(r.prompt_cache_hit_tokens for r in responses)
     for prompt, response in zip(prompts, responses, strict=True):
@@ -118,9 +120,7 @@ def test_replay_makes_trainer_and_sampler_agree_where_their_routers_do_not(undec
         b.normal_(0, 1e-6, generator=torch.Generator().manual_seed(1))
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, VOCAB, 20) for _ in range(6)]
-    asked = [
-        request(p, PolicyRef("a", 0), num_samples=2, return_routed_experts=True) for p in prompts
-    ]
+    asked = [request(p, PolicyRef("a", 0), num_samples=2, told=True) for p in prompts]
     responses = sample(drawing, asked)
     worst = {}
     for replay in (False, True):
@@ -259,7 +259,7 @@ def test_bad_routing_is_named_by_datum_and_field(moe, tiny_llama):
     ):
         dense.forward("a", [changed(good, routed_experts=choice)], "cross_entropy")
     with pytest.raises(tinsmith.InvalidInput, match="the model has no routed experts"):
-        sampler(dense.backbone).submit(request(np.arange(5), return_routed_experts=True))
+        sampler(dense.backbone).submit(request(np.arange(5), told=True))
 
 
 @pytest.mark.parametrize("rows", [20, 2048])

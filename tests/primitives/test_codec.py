@@ -42,7 +42,11 @@ from tinsmith.primitives.types import (
 LOGPROBS = np.array([np.nan, -0.0, -1e-38, np.float32(-1 / 3)], np.float32)
 TOP = TokenLogprobs(np.array([[3, 1], [0, 0]]), LOGPROBS.reshape(2, 2))
 SEQUENCE = SampledSequence(
-    np.array([5, 2**40, 0, 1]), LOGPROBS, np.array([1, 1, 2, 2], np.int32), "length"
+    np.array([5, 2**40, 0, 1]),
+    LOGPROBS,
+    np.array([1, 1, 2, 2], np.int32),
+    "length",
+    routed_experts=np.arange(24, dtype=np.uint8).reshape(6, 2, 2),
 )
 SEGMENT = Segment(
     np.arange(4), np.array([False, True, True, False]), LOGPROBS, np.array([-1, 3, 4, -1], np.int32)
