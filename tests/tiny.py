@@ -58,13 +58,15 @@ def make_tiny_model(
     head_dim: int = 16,
     tied: bool | None = None,
     intermediate: int = 96,
+    **more: object,
 ) -> str:
     """Write a seeded random model (`llama`, `qwen2`, `qwen3` or `qwen3_moe`) with its tokenizer to
     `path`.
 
     Two layers, hidden size 64 (qwen2: four times `head_dim`), four query heads over two key/value
     heads; about 0.1M parameters. `qwen3_moe` has eight experts of a third of `intermediate`, of which
-    a token takes two. `tied`: whether the output matrix is the embedding (None: yes, in qwen3 no).
+    a token takes two; `more` goes into its config. `tied`: whether the output matrix is the embedding
+    (None: yes, in qwen3 no).
     """
     tokenizer = tiny_tokenizer()
     shape = dict(
@@ -96,6 +98,7 @@ def make_tiny_model(
                 num_experts=8,
                 num_experts_per_tok=2,
                 norm_topk_prob=True,
+                **more,
             )
         ),
     }[family]()

@@ -3,10 +3,13 @@ by PEFT; and what company does to a run on it."""
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import peft
 import pytest
@@ -40,6 +43,7 @@ from tinsmith.engines.experts import FILLED, Pairs, RoutedExperts, Router
 from tinsmith.engines.learner import LearnerEngine
 from tinsmith.engines.lora import AdapterLayout, LoraContext
 from tinsmith.engines.merge import merge_adapter
+from tinsmith.engines.passes import run_pass
 from tinsmith.engines.routing import Routing
 from tinsmith.engines.sampler import SamplerEngine
 from tinsmith.primitives.types import LoraConfig, PolicyRef, SampleRequest, SamplingParams
@@ -509,6 +513,62 @@ def test_shared_adapters_are_smaller(moe):
         for e in ("each", "shared")
     )
     assert each.size == 8 * shared.size
+
+
+def test_a_model_may_have_dense_layers_too(tmp_path):
+    """Logprobs of transformers with the adapter merged into the model's files: 1e-4."""
+    path = make_tiny_model(tmp_path / "mixed", "qwen3_moe", mlp_only_layers=[0])
+    backbone, lora = Backbone(path), LoraConfig(rank=3, seed=1, train_router=True)
+    layout, flat = trained(backbone, lora)
+    assert {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.experts.up_proj"} < set(
+        layout.targets
+    )
+    engine = LearnerEngine(backbone)
+    engine.create_run("a", lora)
+    engine.load("a", flat, None, 1)
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    merge_adapter(Path(path), write_adapter(layout, flat, path), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    data = datums_of(np.random.default_rng(0), "cross_entropy", 4)
+    output = engine.forward_backward("a", data, "cross_entropy")
+    _, logprobs = padded_reference(model, data, "cross_entropy", {})
+    for got, want in zip(output.loss_fn_outputs, logprobs, strict=True):
+        np.testing.assert_allclose(got["logprobs"], want, atol=1e-4)
+    assert engine.runs["a"].grad.any()
+
+
+def test_a_helper_computes_the_same(moe):
+    """Through pickle, as to another learner's process and back."""
+    mix = [
+        {
+            "rank": 3,
+            "alpha": 8.0,
+            "groups": "mlp router",
+            "experts": "each",
+            "loss_fn": "ppo",
+            "leaves": 6,
+            "seed": 1,
+        }
+    ]
+    outputs = []
+    for helped in (False, True):
+        engine = LearnerEngine(moe, max_pack_tokens=12, learners=2)
+        if helped:
+
+            def run(works):
+                future: Future = Future()
+                works = pickle.loads(cloudpickle.dumps(works))
+                future.set_result(pickle.loads(pickle.dumps(run_pass(moe, works))))
+                return future
+
+            engine.helpers[1] = run
+        batches = batches_of(engine, mix)
+        outputs.append((together(engine, batches)["run-0"], engine.runs["run-0"].grad))
+    (alone, grad), (shared, same) = outputs
+    assert torch.equal(grad, same)
+    assert untimed(alone.metrics) == untimed(shared.metrics)
+    assert alone.metrics["expert_load:max"] > 1
 
 
 # ---- what is refused ----
