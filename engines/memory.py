@@ -26,6 +26,8 @@ from .target_logprobs import CHUNK_ROWS
 from .tree_attention import alike
 
 FLOAT = 4  # bytes; adapters, gradients, moments, norms and logprobs are float32 in any case
+# Decoder layers that `fully_shard` has at once: the gathered one, and the buffer that it arrives in.
+GATHERED_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,22 @@ class MemoryModel:
     Args:
         config: of transformers.
         item: bytes of a number of what is computed in (4 in float32, 2 in bfloat16).
-        scratch: bytes that a packed weight takes when it is unpacked.
+        scratch: bytes of weights that are there only while they are computed with: what a packed one
+            is unpacked to, or layers gathered from several ranks.
+        tensor: ranks that compute each product together, of which this one has its share.
     """
 
     config: Any
     item: int
     scratch: int = 0
+    tensor: int = 1
 
     @classmethod
     def of(cls, backbone: Backbone) -> MemoryModel:
         sizes = [math.prod(shape) for shape in backbone.targets.values()]
         scratch = backbone.dtype.itemsize * max(sizes) if backbone.weights in QUANTIZED else 0
-        return cls(backbone.config, backbone.dtype.itemsize, scratch)
+        scratch += backbone.gathered_bytes
+        return cls(backbone.config, backbone.dtype.itemsize, scratch, backbone.tensor_ranks)
 
     def pass_(
         self, shape: PassShape, layouts: Sequence[AdapterLayout], *, checkpointing: bool
@@ -83,7 +89,7 @@ class MemoryModel:
         given, is not included."""
         c, layers = self.config, self.config.num_hidden_layers
         gradient = FLOAT * sum(layout.size for layout in layouts)
-        end = self._final(shape) + self._logits(shape, layouts)
+        end = self._final(shape) + self.logits(shape, layouts)
         if not checkpointing:
             peak = layers * self._layer(shape, layouts) + max(end, self._inner(shape))
             return max(peak, 2 * gradient) + self._all_along(shape)
@@ -99,9 +105,9 @@ class MemoryModel:
         after the last layer."""
         c = self.config
         q, kv = self._heads()
-        widest = 2 * c.hidden_size + max(3 * c.intermediate_size, 5 * q + 2 * kv)
+        widest = 2 * c.hidden_size + max(3 * self._inner_size, 5 * q + 2 * kv)
         inside = self.item * (widest * shape.rows + max(self._copies(shape), default=0))
-        end = self._final(shape) + self._logits(shape, layouts)
+        end = self._final(shape) + self.logits(shape, layouts)
         return max(inside, end) + self._all_along(shape)
 
     def _layer(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
@@ -111,10 +117,11 @@ class MemoryModel:
         row = 2 * FLOAT * (c.hidden_size + 1)  # what goes into the norms, and its scale
         # What comes out of them; queries, keys, values; the attention's output, as it comes and in
         # the order of rows; the MLP's gate, its activation, up and their product.
-        row += item * (2 * c.hidden_size + q + 2 * kv + 2 * q + 4 * c.intermediate_size)
-        row += FLOAT * c.num_attention_heads
+        row += item * (2 * c.hidden_size + q + 2 * kv + 2 * q + 4 * self._inner_size)
+        row += FLOAT * c.num_attention_heads // self.tensor
         if c.model_type == "qwen3":  # which norms queries and keys too
-            row += FLOAT * (q + kv + c.num_attention_heads + c.num_key_value_heads)
+            heads = (c.num_attention_heads + c.num_key_value_heads) // self.tensor
+            row += FLOAT * (q + kv + heads)
         row += item * max(map(self._ranks, layouts))
         return row * shape.rows + item * sum(self._copies(shape))
 
@@ -129,8 +136,15 @@ class MemoryModel:
 
     def _heads(self) -> tuple[int, int]:
         """Numbers of a row's queries, and of its keys."""
-        c = self.config
-        return c.num_attention_heads * _head_size(c), c.num_key_value_heads * _head_size(c)
+        c, size = self.config, _head_size(self.config)
+        return (
+            c.num_attention_heads // self.tensor * size,
+            c.num_key_value_heads // self.tensor * size,
+        )
+
+    @property
+    def _inner_size(self) -> int:
+        return self.config.intermediate_size // self.tensor
 
     def _ranks(self, layout: AdapterLayout) -> int:
         """Numbers `x A'` of a row in one layer."""
@@ -150,11 +164,12 @@ class MemoryModel:
 
     def _inner(self, shape: PassShape) -> int:
         """Gradients of the MLP's inner activations, of which two are there at once."""
-        return 2 * self.item * self.config.intermediate_size * shape.rows
+        return 2 * self.item * self._inner_size * shape.rows
 
-    def _logits(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
+    def logits(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
         """A chunk of them, and gradients of the rows' hidden states."""
-        chunk = min(shape.targets, CHUNK_ROWS) * self.config.vocab_size
+        own = -(-shape.targets // self.tensor)
+        chunk = min(own, CHUNK_ROWS) * self.config.vocab_size
         if self.item != FLOAT:  # sums, and a trained unembedding's gradient, are float32
             chunk *= 3 + 2 * any(UNEMBED in layout.targets for layout in layouts)
         return self.item * (chunk + self.config.hidden_size * shape.targets)
