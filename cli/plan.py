@@ -84,12 +84,5 @@ def plan(
     print_table(title, columns, rows)
     for count, estimate in zip(gpus, estimates, strict=True):
         if not estimate.fits:
-            more = planner.enough(count)
-            typer.echo(
-                f"{count} GPUs are too few: "
-                + (
-                    f"{more.layout.world} do, as {more.layout}"
-                    if more
-                    else "nor would more do; take a lower --rank, a shorter --context or --experts shared"
-                )
-            )
+            gpu = "GPU does" if count == 1 else "GPUs do"
+            typer.echo(f"{count} {gpu} not do: {planner.remedy(count)}")

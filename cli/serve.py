@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..primitives.errors import Unavailable
-from .options import Address, BaseWeights, Engine, Home, Learners, Samplers
+from .options import Address, BaseWeights, Engine, Home, Layout, Learners, Samplers
 
 
 def serve(
@@ -47,6 +47,7 @@ def serve(
     ] = None,
     engine: Engine = "auto",
     learners: Learners = 1,
+    layout: Layout = None,
     base_weights: BaseWeights = "auto",
     samplers: Samplers = 1,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the actors' output.")] = False,
@@ -83,6 +84,7 @@ def serve(
             sampler_threads=sampler_threads,
             engine=engine,
             learners=learners,
+            layout=layout,
             base_weights=base_weights,
             samplers=samplers,
             verbose=verbose,

@@ -20,6 +20,7 @@ from .options import (
     Engine,
     Home,
     Imports,
+    Layout,
     Learners,
     Resume,
     RunDir,
@@ -41,6 +42,7 @@ def train(
     address: Address = None,
     engine: Engine = "auto",
     learners: Learners = 1,
+    layout: Layout = None,
     base_weights: BaseWeights = "auto",
     samplers: Samplers = 1,
     as_json: AsJson = False,
@@ -65,6 +67,7 @@ def train(
         engine=engine,
         base_weights=base_weights,
         learners=learners,
+        layout=layout,
         samplers=samplers,
     )
     summary = asyncio.run(_run(config, run_dir, resume, opened, console))

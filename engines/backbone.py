@@ -70,7 +70,7 @@ def targets_of_folder(path: str | Path) -> dict[str, tuple[int, int]]:
         return adapter_targets(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
 
 
-def _stored(path: str | Path, config: Any) -> str:
+def stored_dtype(path: str | Path, config: Any) -> str:
     """The dtype that most of a model's tensors are stored in, as safetensors calls it."""
     try:
         return stored_dtypes(Path(path)).most_common(1)[0][0]
@@ -127,7 +127,7 @@ class Backbone:
             )
         self.path = str(path)
         self.device = torch.device(device)
-        self.weights, computing = resolved(weights, _stored(path, config), self.device.type)
+        self.weights, computing = resolved(weights, stored_dtype(path, config), self.device.type)
         self.dtype = DTYPES[computing]
         self.model: nn.Module = self._load(config, copies)
         self.model.eval().requires_grad_(False)

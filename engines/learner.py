@@ -414,21 +414,24 @@ class LearnerEngine:
         passes = [parts for parts in passes if parts]
         if not passes:
             return
+        failure = None
         try:
             checkpointing = any(map(self._checkpointing, passes))
             outcomes = group.run([[part.work for part in parts] for parts in passes], checkpointing)
         except Exception as error:
-            single = [part for parts in passes for part in parts]
-            if isinstance(error, Unavailable) and again:
-                self._run_in_group(group, passes, began, again=False)
-            elif len(single) > 1:
-                for part in single:
-                    self._run_in_group(group, [[part]], began)
-            else:
-                self._close(single[0].task, _failure(single[0].task, error))
+            # Without its traceback, which would keep what the pass held.
+            failure = error.with_traceback(None)
         else:
             for parts, outcome in zip(passes, outcomes, strict=True):
                 self._take_all(parts, outcome, began)
+        single = [part for parts in passes for part in parts]
+        if isinstance(failure, Unavailable) and again:
+            self._run_in_group(group, passes, began, again=False)
+        elif failure is not None and len(single) > 1:
+            for part in single:
+                self._run_in_group(group, [[part]], began)
+        elif failure is not None:
+            self._close(single[0].task, _failure(single[0].task, failure))
 
     def _checkpointing(self, parts: Sequence[_Part]) -> bool:
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from accelerate import init_empty_weights
@@ -129,6 +129,16 @@ class Estimate:
     def fits(self) -> bool:
         return self.total <= USABLE * self.memory
 
+    def __str__(self) -> str:
+        parts = (self.weights, self.gathered, self.adapters, self.activations)
+        names = ("weights", "gathered layers", "a run's adapter and optimizer", "a pass")
+        told = ", ".join(f"{p / 1e9:.2f} GB {n}" for p, n in zip(parts, names, strict=True) if p)
+        verdict = "fits" if self.fits else "does not fit"
+        return (
+            f"layout {self.layout}: {told}; {self.total / 1e9:.2f} GB on the fullest rank, {verdict} "
+            f"in {self.memory / 1e9:.2f} GB"
+        )
+
 
 class Planner:
     """For a model of that transformers `config`.
@@ -187,6 +197,21 @@ class Planner:
             if estimate.fits:
                 return estimate
         return None
+
+    def remedy(self, devices: int) -> str:
+        """What would do where that many devices do not."""
+        ways, enough = [], self.enough(devices)
+        if enough is not None:
+            ways.append(f"{enough.layout.world} do, as {enough.layout}")
+        if self.num_experts and self.demand.experts == "each":
+            shared = Planner(self.config, replace(self.demand, experts="shared"), self.memory)
+            now = shared.choose(devices)
+            then = now if now.fits else shared.enough(devices)
+            if then is not None and (now.fits or not ways):
+                ways.append(
+                    f"{then.layout.world} with adapters that a layer's experts share, as {then.layout}"
+                )
+        return "; ".join(ways) or "nor do more: take a lower rank, or shorter sequences"
 
     def _layouts(self, devices: int) -> Iterator[Layout]:
         for tensor in range(1, min(devices, NODE) + 1):

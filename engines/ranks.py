@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .layout import Layout
 
 DIMENSIONS = ("data", "shard", "tensor")
 IDLE = timedelta(days=365)  # between two passes ranks wait for as long as nobody trains
+JOIN = timedelta(minutes=5)  # ranks start at about the same time
 PASS = timedelta(minutes=30)  # a rank that has not come by then is taken for dead
 
 
@@ -40,10 +42,12 @@ class Ranks:
         self, layout: Layout, rank: int, store: dist.Store, device: torch.device | str
     ) -> None:
         self.layout, self.rank, self.device = layout, rank, torch.device(device)
+        self._leaving, self._left = Lock(), False
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=layout.world, timeout=PASS
+            backend, store=store, rank=rank, world_size=layout.world, timeout=JOIN
         )
+        self.everyone = dist.new_group(timeout=PASS)
         sizes = (layout.data, layout.shard, layout.tensor)
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=DIMENSIONS)
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
@@ -66,13 +70,22 @@ class Ranks:
 
     def share_out(self, values: Tensor) -> Tensor:
         """Rank 0's values, written into those of every rank."""
-        dist.broadcast(values, src=0)
+        dist.broadcast(values, src=0, group=self.everyone)
         return values
 
     def add_up(self, values: Tensor) -> Tensor:
         """The sum of all ranks' values, on rank 0, in place."""
-        dist.reduce(values, dst=0)
+        dist.reduce(values, dst=0, group=self.everyone)
         return values
 
+    def abort(self) -> None:
+        """From another thread: what this rank waits for fails. On a CPU it does so by itself when the
+        others are gone, over NCCL it would wait on."""
+        with self._leaving:
+            if self.device.type == "cuda" and not self._left:
+                dist.distributed_c10d._abort_process_group()
+
     def leave(self) -> None:
-        dist.destroy_process_group()
+        with self._leaving:
+            self._left = True
+            dist.destroy_process_group()

@@ -57,7 +57,7 @@ class ShardedBackbone(Backbone):
         *,
         copies: Path | None = None,
     ) -> None:
-        self.ranks, self.layout_of_ranks = ranks, ranks.layout
+        self.ranks, self.asked, self.copies = ranks, weights, copies
         self.cut = ranks.layout.shard * ranks.layout.tensor > 1
         if self.cut and weights in QUANTIZED:
             raise InvalidInput(
@@ -72,10 +72,20 @@ class ShardedBackbone(Backbone):
         if self.lockstep:
             self.model.get_submodule("model.embed_tokens").register_forward_hook(self._embedded)
 
+    def join(self, ranks: Ranks) -> None:
+        """Load again, as one of other ranks; what belongs to the ones before is freed first."""
+        del self.model, self.layers, self.bottom
+        type(self).__init__(self, self.path, self.asked, ranks, copies=self.copies)
+
     def _load(self, config: Any, copies: Path | None) -> nn.Module:
-        self.layout_of_ranks.check(config)
+        self.ranks.layout.check(config)
         if not self.cut:
             return super()._load(config, copies)
+        if getattr(config, "num_experts", None):
+            raise InvalidInput(
+                f"layout {self.ranks.layout}: a mixture of experts ({config.model_type}) is not cut "
+                "over ranks yet; take a layout of data alone"
+            )
         return skeleton(config, self.dtype, "tinsmith")
 
     def _wrapped(self, linear: nn.Linear, name: str, packed: PackedWeight | None) -> LoraLinear:

@@ -77,6 +77,13 @@ def test_a_layout_asked_for_is_counted_or_refused():
         eight.estimate(Layout(tensor=16))
 
 
+def test_what_does_not_fit_comes_with_what_would():
+    assert planner("Llama-3.1-70B").remedy(1) == "4 do, as shard=4"
+    mixture, shared = planner("Qwen3-235B-A22B"), "8 with adapters that a layer's experts share"
+    assert mixture.remedy(1) == mixture.remedy(8) == f"{shared}, as shard=8,expert=8"
+    assert "take a lower rank" in planner("Qwen3-8B", rank=20000).remedy(1)
+
+
 def test_longer_sequences_are_checkpointed():
     assert not planner("Qwen3-8B").choose(1).checkpointing
     assert planner("Qwen3-8B", context=16384).choose(1).checkpointing
@@ -144,7 +151,7 @@ def test_the_command_prints_a_table_or_json():
     shown = runner.invoke(app, command, env={"COLUMNS": "160"})
     assert shown.exit_code == 0, shown.output
     assert "Qwen3-30B-A3B: 30.5 B parameters in bf16" in shown.output
-    assert "1 GPUs are too few: 2 do, as shard=2,expert=2" in shown.output
+    assert "1 GPU does not do: 2 do, as shard=2,expert=2; 1 with adapters that" in shown.output
     told = runner.invoke(app, [*command, "--json"])
     first, second = map(json.loads, told.output.splitlines())
     assert (first["fits"], second["fits"], second["layout"]) == (
