@@ -41,8 +41,6 @@ from .env_worker import EnvWorker
 from .handle import MAX_WAITING_CALLS, RayHandle
 from .learner import Learner, parked_folder
 from .learner_helper import LearnerHelper
-from .learner_layout import chosen_layout
-from .learner_rank import LearnerRank
 from .placement import Placement, Plan, Seat, plan
 from .registry import Registry
 from .reservation import Reservation
@@ -153,6 +151,8 @@ class Controller:
             tensor_parallel = 1 if self.vllm is None else self.vllm.tensor_parallel
             samplers = self.replicas.min_replicas
             if self.layout == "auto":
+                from .learner_layout import chosen_layout
+
                 left = int(gpus - samplers * (self.placement.sampler_gpus or tensor_parallel))
                 layout = await asyncio.to_thread(chosen_layout, path, self.base_weights, left)
             else:
@@ -228,6 +228,8 @@ class Controller:
 
     async def learner_rank(self, base_model: str, rank: int, layout: Layout) -> RayHandle:
         """A new process for that rank (from 1) of a model's learner, in the place of the one before."""
+        from .learner_rank import LearnerRank
+
         name, path = await self._model(base_model)
         place = await self._place(name, path)
         before = self.started.pop((f"learner rank {rank}", path), None)

@@ -31,7 +31,7 @@ from ..engines.layout import Layout
 from ..engines.learner import Finished, LearnerEngine
 from ..engines.memory_budget import available_bytes
 from ..engines.models import copies_folder
-from ..engines.passes import PassRunner
+from ..engines.passes import Group, PassRunner
 from ..primitives.errors import (
     InvalidInput,
     NotFound,
@@ -52,8 +52,6 @@ from ..primitives.types import (
     TrainingInfo,
 )
 from ..primitives.validation import check_ttl
-from .learner_layout import expected
-from .learner_rank import LearnerRanks
 from .storage import MANIFEST, Storage
 from .threads import engine_device, set_engine_threads
 
@@ -141,17 +139,19 @@ class Learner:
 
     def _load(self) -> None:
         set_engine_threads(self.num_threads)
-        group: LearnerRanks | None = None
-        if self.layout.world > 1:
+        group: Group | None = None
+        if self.layout.world == 1:
+            backbone = Backbone(self.model_path, self.weights, engine_device(), copies=self.copies)
+        else:
+            # What torch needs for it takes seconds to import.
+            from .learner_layout import expected
+            from .learner_rank import LearnerRanks
+
             plan = expected(self.model_path, self.weights, self.layout, engine_device())
             print(f"{self.base_model}: {plan}", flush=True)
             where = (self.base_model, self.model_path, self.layout, self.weights, self.copies)
-            group = LearnerRanks(self.controller, *where)
-        backbone = (
-            group.backbone
-            if group
-            else Backbone(self.model_path, self.weights, engine_device(), copies=self.copies)
-        )
+            group = ranks = LearnerRanks(self.controller, *where)
+            backbone = ranks.backbone
         free = available_bytes(backbone.device)
         self.engine = LearnerEngine(
             backbone,

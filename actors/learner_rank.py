@@ -49,7 +49,7 @@ class LearnerRank:
 
 
 class LearnerRanks:
-    """A `Group` that is made again when one of its ranks is lost. The runs are in this process, so they
+    """A `passes.Group` that is made again when one of its ranks is lost. The runs are in this process, so they
     lose nothing but the pass under way, which is computed again.
 
     Args:

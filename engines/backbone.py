@@ -93,6 +93,7 @@ class Backbone:
             depend on: other ranks go through them too.
         bottom: the embedded tokens of the pass under way, in lockstep.
         tensor_ranks: how many compute each product together.
+        context_ranks: how many share the rows of a pass.
         gathered_bytes: of layers that are together only while they compute.
 
     Raises:
@@ -103,6 +104,7 @@ class Backbone:
     lockstep = False
     bottom: Tensor
     tensor_ranks = 1
+    context_ranks = 1
     gathered_bytes = 0
 
     def __init__(

@@ -10,7 +10,7 @@ from ..primitives.errors import InvalidInput
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; there are `world` = data x shard x tensor ranks.
+    """Degrees of parallelism; there are `world` = data x shard x context x tensor ranks.
 
     Attributes:
         data: copies of the model, each of which computes its part of a batch.
@@ -18,6 +18,8 @@ class Layout:
             compute it (`fully_shard`), and computes its own part of a batch too.
         tensor: ranks that compute every product of one part together, each with its heads and its
             share of the MLP's inner size.
+        context: ranks that compute one part together by its rows: every token is one's, and its keys and
+            values all others'.
         expert: ranks that a mixture's experts are spread over. They are found among the data x shard
             ranks, which it divides: it adds none.
     """
@@ -26,6 +28,7 @@ class Layout:
     shard: int = 1
     tensor: int = 1
     expert: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         for name, degree in self._degrees().items():
@@ -64,7 +67,12 @@ class Layout:
 
     @property
     def world(self) -> int:
-        return self.data * self.shard * self.tensor
+        return self.parts * self.together
+
+    @property
+    def together(self) -> int:
+        """Ranks that compute one part."""
+        return self.context * self.tensor
 
     @property
     def parts(self) -> int:

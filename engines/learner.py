@@ -33,9 +33,8 @@ from .batch import Batch, Unit
 from .fair_queue import FairQueue
 from .memory_budget import Budget
 from .optimizer import AdamState, Due, adam_steps
-from .passes import Outcome, PassRunner, Result, Work, pass_shape, run_pass
+from .passes import Group, Outcome, PassRunner, Result, Work, pass_shape, run_pass
 from .run_store import Run, RunStore
-from .sharded_pass import Group
 
 
 @dataclass(eq=False)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -78,6 +79,27 @@ class Outcome:
 
 PassRunner = Callable[[Sequence[Work]], "Future[Outcome]"]
 """Computes a pass elsewhere; works and outcome are on the CPU."""
+
+
+class Group(Protocol):
+    """What a `LearnerEngine` has its passes computed by.
+
+    Attributes:
+        parts: how many passes it computes at once.
+    """
+
+    parts: int
+
+    def run(self, passes: Sequence[Sequence[Work]], checkpointing: bool) -> list[Outcome]:
+        """At most `parts` passes, of works that are all `backward` or all not. Of the works under
+        one adapter (the same `params`), which are one batch's, the first that has a gradient is given the
+        sum of all their gradients.
+
+        Raises:
+            Unavailable: ranks were lost, or a pass failed on one; what comes next is computed by new
+                ones.
+        """
+        ...
 
 
 def run_pass(

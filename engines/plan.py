@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 from accelerate import init_empty_weights
@@ -160,7 +161,7 @@ class Planner:
             InvalidInput: the model cannot be laid out so.
         """
         layout.check(self.config)
-        model = MemoryModel(_dense_alike(self.config), self.item, 0, layout.tensor)
+        model = MemoryModel(_dense_alike(self.config), self.item, 0, layout.tensor, layout.context)
         rows = max(PASS_ROWS, self.demand.context)
         shape, adapters = PassShape([rows], [()], rows), [self.adapter]
         fixed = (
@@ -179,7 +180,8 @@ class Planner:
 
     def choose(self, devices: int) -> Estimate:
         """The first layout that fits: copies of the whole model; else, layers cut over as few ranks as it
-        takes; else products too, within a machine. If none fits, the one that needs least."""
+        takes; else products too, within a machine; else the rows of a pass too. If none fits, the one that
+        needs least."""
         estimates = []
         for layout in self._layouts(devices):
             estimate = self.estimate(layout)
@@ -214,18 +216,19 @@ class Planner:
         return "; ".join(ways) or "nor do more: take a lower rank, or shorter sequences"
 
     def _layouts(self, devices: int) -> Iterator[Layout]:
-        for tensor in range(1, min(devices, NODE) + 1):
-            for shard in range(1, devices // tensor + 1):
-                if devices % (tensor * shard):
-                    continue
-                data = devices // (tensor * shard)
-                spread = shard if self.num_experts and self.num_experts % shard == 0 else 1
-                layout = Layout(data, shard, tensor, spread)
-                try:
-                    layout.check(self.config)
-                except InvalidInput:
-                    continue
-                yield layout
+        degrees = [degree for degree in range(1, devices + 1) if devices % degree == 0]
+        tensors = [degree for degree in degrees if degree <= NODE]
+        for context, tensor, shard in product(degrees, tensors, degrees):
+            if devices % (context * tensor * shard):
+                continue
+            data = devices // (context * tensor * shard)
+            spread = shard if self.num_experts and self.num_experts % shard == 0 else 1
+            layout = Layout(data, shard, tensor, spread, context)
+            try:
+                layout.check(self.config)
+            except InvalidInput:
+                continue
+            yield layout
 
 
 def _adapter_layout(config: Any, demand: Demand) -> AdapterLayout:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .layout import Layout
 
-DIMENSIONS = ("data", "shard", "tensor")
+DIMENSIONS = ("data", "shard", "context", "tensor")
 IDLE = timedelta(days=365)  # between two passes ranks wait for as long as nobody trains
 JOIN = timedelta(minutes=5)  # ranks start at about the same time
 PASS = timedelta(minutes=30)  # a rank that has not come by then is taken for dead
@@ -34,7 +34,9 @@ class Ranks:
 
     Attributes:
         part: which part of a batch this rank computes.
-        tensor_rank: its place among those that compute it.
+        place: its place among those that compute it, of which it is one of
+        context_rank: by rows, and
+        tensor_rank: by products.
         control: a group for what is said between passes, on the CPU.
     """
 
@@ -48,13 +50,17 @@ class Ranks:
             backend, store=store, rank=rank, world_size=layout.world, timeout=JOIN
         )
         self.everyone = dist.new_group(timeout=PASS)
-        sizes = (layout.data, layout.shard, layout.tensor)
+        sizes = (layout.data, layout.shard, layout.context, layout.tensor)
         self.mesh: DeviceMesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=DIMENSIONS)
         self.control = dist.new_group(backend="gloo", timeout=IDLE)
         self.shard: DeviceMesh = self.mesh["shard"]
-        self.shard_rank, self.tensor_rank = self.shard.get_local_rank(), rank % layout.tensor
-        self.tensor = self.mesh.get_group("tensor")
-        self.part = rank // layout.tensor
+        self.shard_rank = self.shard.get_local_rank()
+        self.part, self.place = divmod(rank, layout.together)
+        self.context_rank, self.tensor_rank = divmod(self.place, layout.tensor)
+        self.context, self.tensor = self.mesh.get_group("context"), self.mesh.get_group("tensor")
+        starts = range(0, layout.world, layout.together)
+        members = [list(range(start, start + layout.together)) for start in starts]
+        self.together = [dist.new_group(ranks, timeout=PASS) for ranks in members][self.part]
 
     def tell(self, message: Any = None) -> Any:
         """Rank 0's message (picklable), on every rank."""

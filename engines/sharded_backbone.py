@@ -1,8 +1,8 @@
 """A frozen base model of which this process holds its rank's share.
 
 Decoder layers are cut over the `shard` ranks by torch's `fully_shard`, and over the `tensor` ranks
-by transformers' plan. Embedding, output matrix and final norm are whole on every rank; of the rows
-whose logprobs are wanted each tensor rank computes its share.
+by transformers' plan. Embedding, output matrix and final norm are whole on every rank. `context` ranks share
+a pass's rows; of those whose logprobs are wanted each rank that computes a part has its share.
 
 Dimension names as in `backbone.py`; N rows with a target, M (row, target) pairs.
 """
@@ -20,9 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..primitives.errors import InvalidInput
-from .backbone import Backbone
+from .backbone import Attention, Backbone
 from .base_weights import QUANTIZED, BaseWeights
-from .lora import UNEMBED, LoraLinear
+from .context_parallel import ContextAttention, own_spans
+from .exchange import concatenated, copied
+from .lora import UNEMBED, LoraLinear, Span
 from .memory import GATHERED_LAYERS
 from .quantized import PackedWeight
 from .ranks import Ranks
@@ -32,12 +34,11 @@ from .tensor_parallel import (
     ColumnParallel,
     RowParallel,
     Style,
-    concatenated,
-    copied,
     copy_inputs,
     share,
     styles,
 )
+from .tree_attention import TreeAttention, row_edges
 
 
 class ShardedBackbone(Backbone):
@@ -66,9 +67,10 @@ class ShardedBackbone(Backbone):
             )
         self.styles: dict[str, Style] = {}
         self.bytes_read = 0
+        self.bottom = torch.empty(0)
         super().__init__(path, weights, str(ranks.device), copies=copies)
-        self.lockstep = ranks.layout.world > 1
-        self.tensor_ranks = ranks.layout.tensor
+        self.lockstep = self.cut or ranks.layout.context > 1
+        self.tensor_ranks, self.context_ranks = ranks.layout.tensor, ranks.layout.context
         if self.lockstep:
             self.model.get_submodule("model.embed_tokens").register_forward_hook(self._embedded)
 
@@ -109,14 +111,12 @@ class ShardedBackbone(Backbone):
         self._read()
 
     def _shard_layers(self) -> None:
-        within = {id(p) for layer in self.layers for p in layer.parameters()}
         sizes = [sum(p.nbytes for p in layer.parameters()) for layer in self.layers]
         self.gathered_bytes = GATHERED_LAYERS * max(sizes)
         for layer in self.layers:
             fully_shard(layer, mesh=self.ranks.shard, reshard_after_forward=True)
         decoder = self.model.get_submodule("model")
         outside = {p for p in self.model.parameters() if not isinstance(p, DTensor)}
-        assert not within & {id(p) for p in outside}
         fully_shard(decoder, mesh=self.ranks.shard, ignored_params=outside)
         for layer in self.layers:
             layer.to_empty(device=self.device)
@@ -148,6 +148,33 @@ class ShardedBackbone(Backbone):
         self.bottom = output_TD.detach().requires_grad_(torch.is_grad_enabled())
         return self.bottom
 
+    def hidden(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: Attention,
+        spans: Sequence[Span],
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        count = self.ranks.layout.context
+        if count == 1:
+            return super().hidden(
+                tokens_T, positions_T, attention, spans, checkpointing=checkpointing
+            )
+        assert isinstance(attention, TreeAttention)
+        edges = row_edges(len(tokens_T), count)
+        cut = ContextAttention(attention, edges, self.ranks)
+        start, stop = edges[self.ranks.context_rank :][:2]
+        hidden_SD = super().hidden(
+            tokens_T[start:stop],
+            positions_T[start:stop],
+            cut,
+            own_spans(spans, start, stop),
+            checkpointing=checkpointing,
+        )
+        return concatenated(hidden_SD, cut.sizes, self.ranks.context)
+
     def target_logprobs(
         self,
         hidden_ND: Tensor,
@@ -155,15 +182,15 @@ class ShardedBackbone(Backbone):
         targets_M: Tensor,
         spans: Sequence[UnembedSpan],
     ) -> Tensor:
-        count = self.ranks.layout.tensor
+        count = self.ranks.layout.together
         if count == 1:
             return super().target_logprobs(hidden_ND, pair_rows_M, targets_M, spans)
         cuts = [share(len(hidden_ND), rank, count) for rank in range(count)]
         edges = [*(cut.start for cut in cuts), len(hidden_ND)]
         first = torch.searchsorted(pair_rows_M, pair_rows_M.new_tensor(edges)).tolist()
         sizes = [stop - start for start, stop in itertools.pairwise(first)]
-        cut, pairs = cuts[self.ranks.tensor_rank], slice(*first[self.ranks.tensor_rank :][:2])
-        own_ND = copied(hidden_ND, self.ranks)[cut]
+        cut, pairs = cuts[self.ranks.place], slice(*first[self.ranks.place :][:2])
+        own_ND = copied(hidden_ND, self.ranks.together)[cut]
         if len(own_ND):
             own_M = super().target_logprobs(
                 own_ND,
@@ -173,4 +200,4 @@ class ShardedBackbone(Backbone):
             )
         else:
             own_M = own_ND[:, 0].float()
-        return concatenated(own_M, sizes, self.ranks)
+        return concatenated(own_M, sizes, self.ranks.together)

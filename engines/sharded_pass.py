@@ -10,7 +10,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import cloudpickle
 import torch
@@ -23,27 +22,6 @@ from .lora import AdapterLayout
 from .passes import Outcome, Result, Work, run_pass
 from .ranks import Ranks
 from .sharded_backbone import ShardedBackbone
-
-
-class Group(Protocol):
-    """What a `LearnerEngine` has its passes computed by.
-
-    Attributes:
-        parts: how many passes it computes at once.
-    """
-
-    parts: int
-
-    def run(self, passes: Sequence[Sequence[Work]], checkpointing: bool) -> list[Outcome]:
-        """At most `parts` passes, of works that are all `backward` or all not. Of the works under
-        one adapter (the same `params`), which are one batch's, the first that has a gradient is given the
-        sum of all their gradients.
-
-        Raises:
-            Unavailable: ranks were lost, or a pass failed on one; what comes next is computed by new
-                ones.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -108,7 +86,7 @@ def _compute(
     told = ranks.collect(_told(outcome))
     if ranks.rank:
         grads = []
-    return None if told is None else told[:: ranks.layout.tensor], grads
+    return None if told is None else told[:: ranks.layout.together], grads
 
 
 def _told(outcome: Outcome) -> Outcome:
@@ -122,7 +100,7 @@ def _told(outcome: Outcome) -> Outcome:
 
 
 class Leader:
-    """Rank 0's side: a `Group` for as long as all its ranks live."""
+    """Rank 0's side: a `passes.Group` for as long as all its ranks live."""
 
     def __init__(self, ranks: Ranks, backbone: ShardedBackbone) -> None:
         self.ranks, self.backbone = ranks, backbone

@@ -7,7 +7,7 @@ the gradient of what goes into column-parallel layers, and every gradient of A a
 outside of what the rank uses. Outputs and inputs' gradients are summed at once, once each for attention
 and for the MLP (Megatron-LM, https://arxiv.org/abs/1909.08053); those of A and B when the pass is over.
 
-Dimension names: I and O a linear layer's inputs and outputs, R rank, M (row, target) pairs.
+Dimension names: I and O a linear layer's inputs and outputs, R rank.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..primitives.errors import InvalidInput
+from .exchange import copied, summed
 from .lora import LoraContext, LoraLinear
 from .ranks import Ranks
 
@@ -50,60 +49,6 @@ def styles(config: Any, names: list[str]) -> dict[str, Style]:
             )
         found[name] = style
     return found
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over ranks, all of which then go on alike."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        total = values.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _Copy(torch.autograd.Function):
-    """To ranks that go on differently; their gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _Concatenation(torch.autograd.Function):
-    """Of ranks' own values `[own]`, of which rank r has `sizes[r]`."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, sizes: list[int], rank: int, group: Any) -> Tensor:
-        start = sum(sizes[:rank])
-        ctx.own = slice(start, start + sizes[rank])
-        total = own.new_zeros(sum(sizes))
-        total[ctx.own] = own
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return grads[0][ctx.own], None, None, None
-
-
-def copied(values: Tensor, ranks: Ranks) -> Tensor:
-    return _Copy.apply(values, ranks.tensor)
-
-
-def concatenated(own: Tensor, sizes: list[int], ranks: Ranks) -> Tensor:
-    return _Concatenation.apply(own, sizes, ranks.tensor_rank, ranks.tensor)
 
 
 def _narrowed(base: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
@@ -146,7 +91,7 @@ class RowParallel(LoraLinear):
         return (slice(None), self.own)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Sum.apply(super().forward(x), self.ranks.tensor)
+        return summed(super().forward(x), self.ranks.tensor)
 
 
 def copy_inputs(module: nn.Module, ranks: Ranks) -> None:
@@ -154,7 +99,7 @@ def copy_inputs(module: nn.Module, ranks: Ranks) -> None:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (copied(args[0], ranks), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": copied(kwargs["hidden_states"], ranks)}
+            return (copied(args[0], ranks.tensor), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": copied(kwargs["hidden_states"], ranks.tensor)}
 
     module.register_forward_pre_hook(hook, with_kwargs=True)

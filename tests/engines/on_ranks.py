@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ HOST = "127.0.0.1"
 PRELOADED = ["tests.engines.on_ranks", "tinsmith.engines.learner", "transformers.models.qwen3"]
 
 
-def on_ranks(layout: str, paths: list[str], function: Any, folder: Path) -> list[Any]:
-    """`function(leader)` for each of these models in turn."""
+def on_ranks(
+    layout: str, paths: list[str], function: Any, folder: Path, around: Any = None
+) -> list[Any]:
+    """`function(leader)` for each of these models in turn; or `around(serve)` as the last rank has it,
+    meanwhile."""
     parsed, out = Layout.parse(layout), folder / "told.pt"
     multiprocessing.set_forkserver_preload(PRELOADED)  # imported once, for all that is to come
     ports = [open_store(HOST) for _ in paths]
     multiprocessing.start_processes(
         _rank,
-        (parsed, paths, [store.port for store in ports], function, out),
+        (parsed, paths, [store.port for store in ports], function, around, out),
         nprocs=parsed.world,
         start_method="forkserver",
     )
@@ -32,10 +36,16 @@ def on_ranks(layout: str, paths: list[str], function: Any, folder: Path) -> list
 
 
 def _rank(
-    rank: int, layout: Layout, paths: list[str], ports: list[int], function: Any, out: Path
+    rank: int,
+    layout: Layout,
+    paths: list[str],
+    ports: list[int],
+    function: Any,
+    around: Any,
+    out: Path,
 ) -> None:
     torch.set_num_threads(1)
-    told = []
+    told, teller = [], 0 if around is None else layout.world - 1
     for path, port in zip(paths, ports, strict=True):
         ranks = Ranks(layout, rank, open_store(HOST, port), "cpu")
         backbone = ShardedBackbone(path, "fp32", ranks)
@@ -43,8 +53,10 @@ def _rank(
             leader = Leader(ranks, backbone)
             told.append(function(leader))
             leader.dismiss()
+        elif rank == teller:
+            told.append(around(partial(serve, ranks, backbone)))
         else:
             serve(ranks, backbone)
         ranks.leave()
-    if rank == 0:
+    if rank == teller:
         torch.save(told, out)

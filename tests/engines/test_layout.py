@@ -21,13 +21,14 @@ def test_a_layout_reads_as_it_prints():
 def test_experts_sit_on_the_ranks_that_are_there():
     layout = Layout(data=2, shard=2, tensor=2, expert=4)
     assert (layout.world, layout.parts) == (8, 4)
+    assert Layout(shard=2, tensor=2, context=2).together == 4
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
         ("", "must read like"),
-        ("pipe=2", "of data, shard, tensor, expert, each once; got 'pipe=2'"),
+        ("pipe=2", "of data, shard, tensor, expert, context, each once; got 'pipe=2'"),
         ("shard=two", "must read like"),
         ("shard=2,shard=2", "each once"),
         ("shard=0", "shard must be an integer from 1, got 0"),

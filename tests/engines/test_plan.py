@@ -18,6 +18,7 @@ from tinsmith.cli import app
 from tinsmith.engines import plan
 from tinsmith.engines.layout import Layout
 from tinsmith.engines.learner import LearnerEngine
+from tinsmith.engines.memory import MemoryModel, PassShape
 from tinsmith.engines.memory_budget import own_bytes
 from tinsmith.engines.plan import Demand, ModelSizes, Planner
 from tinsmith.engines.published import published_config
@@ -55,7 +56,7 @@ def test_copies_come_before_shards_and_shards_before_cut_products():
     assert [str(large.choose(n).layout) for n in (4, 16)] == ["shard=4", "data=4,shard=4"]
     assert not large.choose(1).fits
     assert str(large.enough(1).layout) == "shard=4"
-    # One sequence so long that only several ranks together can hold what is kept of it.
+    # One sequence so long that only ranks that compute it together can hold what is kept of it.
     long = planner("Llama-3.1-70B", context=131072)
     assert long.choose(32).layout.tensor > 1
 
@@ -127,6 +128,27 @@ def test_a_rank_takes_what_is_planned_to_15_percent(layout, tmp_path, monkeypatc
             assert estimate.weights == told["weights"]
             counted = estimate.gathered + estimate.activations
             assert counted == pytest.approx(peak_bytes, rel=0.15)
+
+
+def pass_of(leader, length: int, checkpointing: bool) -> None:
+    engine = LearnerEngine(leader.backbone, group=leader)
+    engine.create_run("a", LORA)
+    engine.budget.checkpointing = lambda *_, **__: [checkpointing]
+    for _ in range(2):
+        engine.forward_backward("a", [sequence(length)], "cross_entropy", None, "loss")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_of_ranks_that_share_rows_the_last_takes_most(checkpointing, tmp_path):
+    path = make_tiny_model(tmp_path / "model", "llama", head_dim=32, intermediate=192)
+    config, layout = AutoConfig.from_pretrained(path), "context=2"
+    one_pass = partial(pass_of, length=400, checkpointing=checkpointing)
+    (measured,) = on_ranks(layout, [path], one_pass, tmp_path, peak)
+    model = MemoryModel(config, 4, context=2)
+    adapter = Planner(config, Demand(16, 400, "fp32"), GB).adapter
+    counted = model.pass_(PassShape([400], [()], 400), [adapter], checkpointing=checkpointing)
+    received = 4 * adapter.size
+    assert counted + received == pytest.approx(measured, rel=0.15)
 
 
 def loaded(leader) -> tuple[int, int]:

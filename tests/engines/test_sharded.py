@@ -17,7 +17,17 @@ from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
 from tinsmith.primitives.types import AdamParams, Datum, LoraConfig
 
-LAYOUTS = ["data=2", "shard=2", "tensor=2", "shard=2,tensor=2", "data=2,shard=2"]
+LAYOUTS = [
+    "data=2",
+    "shard=2",
+    "tensor=2",
+    "context=2",
+    "shard=2,tensor=2",
+    *(
+        pytest.param(layout, marks=pytest.mark.slow)
+        for layout in ("data=2,shard=2", "shard=2,context=2", "tensor=2,context=2")
+    ),
+]
 # Runs that train different layers, some of them none of the decoder's.
 RUNS = {
     "all": LoraConfig(rank=4, seed=1, train_unembed=True),
