@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from ..engines.base_weights import BaseWeights, check_base_weights
+from ..engines.layout import Layout
 from ..engines.vllm_start import EngineName, VllmOptions, chosen_engine
 from ..primitives.client import ServiceClient
 from ..primitives.errors import InvalidInput, Unavailable
@@ -70,6 +71,7 @@ def connect(
     learners: int = 1,
     base_weights: BaseWeights = "auto",
     reorder_sampler_weights: bool = False,
+    layout: str | None = None,
     samplers: int | Replicas = 1,
     placement: Placement | None = None,
     verbose: bool = False,
@@ -96,6 +98,9 @@ def connect(
             else fp32.
         reorder_sampler_weights: torch samplers keep a second copy of fp32 weights, in the order that a
             CPU's products are quickest with, where they otherwise share the learner's.
+        layout: over how many ranks each base model's learner is cut, and how: "shard=2,tensor=2" (see
+            `docs/sharding.md`), or "auto" for what the model and the cluster's GPUs ask for (None: one
+            rank).
         samplers: how many a base model has: a number, or `Replicas` for as many as it takes.
         placement: what learners, samplers and environment workers reserve of the cluster
             (default: GPUs, where there are any).
@@ -113,6 +118,12 @@ def connect(
     if not isinstance(learners, int) or isinstance(learners, bool) or learners < 1:
         raise InvalidInput(f"learners must be an integer of at least 1, got {learners!r}")
     check_base_weights(base_weights)
+    ranks = layout if layout is None or layout == "auto" else Layout.parse(layout)
+    if ranks is not None and learners > 1:
+        raise InvalidInput(
+            f"learners={learners} and layout={layout!r} do not go together: say data={learners} in "
+            "the layout"
+        )
     options = dict(
         num_cpus=num_cpus,
         verbose=verbose,
@@ -125,6 +136,7 @@ def connect(
             vllm=chosen_engine(engine, vllm, base_weights),
             base_weights=base_weights,
             reorder_sampler_weights=reorder_sampler_weights,
+            layout=ranks,
             replicas=Replicas.of(samplers),
             placement=placement,
         ),

@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -20,6 +20,7 @@ from ..algorithms.losses import loss_names
 from ..engines import models
 from ..engines.backbone import SUPPORTED_FAMILIES
 from ..engines.base_weights import BaseWeights
+from ..engines.layout import Layout
 from ..engines.vllm_coverage import Coverage
 from ..engines.vllm_start import VllmOptions
 from ..primitives.client import RunGrant, SamplerGrant
@@ -57,6 +58,7 @@ logger = logging.getLogger(__name__)
 class Place:
     plan: Plan
     reservation: Reservation
+    layout: Layout
 
 
 class Controller:
@@ -73,6 +75,7 @@ class Controller:
         learners: int = 1,
         base_weights: BaseWeights = "auto",
         reorder_sampler_weights: bool = False,
+        layout: Layout | Literal["auto"] | None = None,
     ) -> None:
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
@@ -85,6 +88,7 @@ class Controller:
         self.vllm = vllm
         self.base_weights: BaseWeights = base_weights
         self.reorder_sampler_weights = reorder_sampler_weights
+        self.layout = layout
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
         self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
@@ -148,10 +152,21 @@ class Controller:
             gpus = ray.cluster_resources().get("GPU", 0.0)
             tensor_parallel = 1 if self.vllm is None else self.vllm.tensor_parallel
             samplers = self.replicas.min_replicas
-            planned = plan(self.placement, gpus, tensor_parallel, samplers, self.learners)
+            if self.layout == "auto":
+                from .learner_layout import chosen_layout
+
+                left = int(gpus - samplers * (self.placement.sampler_gpus or tensor_parallel))
+                layout = await asyncio.to_thread(chosen_layout, path, self.base_weights, left)
+            else:
+                layout = self.layout or Layout()
+            count = max(self.learners, layout.world)
+            planned = plan(self.placement, gpus, tensor_parallel, samplers, count)
             learners = "the learner" if self.learners == 1 else f"{self.learners} learners"
+            if layout.world > 1:
+                learners = f"the learner's {layout.world} ranks ({layout})"
             what = f"{learners} of {name} and {samplers} of its samplers"
-            return Place(planned, await Reservation.make(what, planned.bundles, self.placement))
+            reservation = await Reservation.make(what, planned.bundles, self.placement)
+            return Place(planned, reservation, layout)
 
         if path not in self.places:
             self.places[path] = asyncio.create_task(reserve())
@@ -186,6 +201,7 @@ class Controller:
                     self.run_bytes,
                     self.learners,
                     self.base_weights,
+                    place.layout,
                 )
             )
             handle = RayHandle(actor, "learner")
@@ -211,6 +227,37 @@ class Controller:
             return RayHandle(actor, "learner's helper")
 
         return await self._running(f"learner helper {index}", path, start)
+
+    async def learner_rank(self, base_model: str, rank: int, layout: Layout) -> RayHandle:
+        """A new process for that rank (from 1) of a model's learner, in the place of the one before."""
+        from .learner_rank import LearnerRank
+
+        name, path = await self._model(base_model)
+        place = await self._place(name, path)
+        before = self.started.pop((f"learner rank {rank}", path), None)
+        if before is not None and before.done() and not before.exception():
+            ray.kill(before.result().actor)
+
+        async def start() -> RayHandle:
+            actor = (
+                ray.remote(LearnerRank)
+                .options(
+                    max_concurrency=2,  # it serves for as long as it lives, and answers meanwhile
+                    runtime_env=ENGINE_ENV,
+                    **place.reservation.options(place.plan.helpers[rank - 1]),
+                )
+                .remote(
+                    path,
+                    layout,
+                    rank,
+                    self.learner_threads,
+                    self.base_weights,
+                    models.copies_folder(self.home),
+                )
+            )
+            return RayHandle(actor, f"learner's rank {rank}")
+
+        return await self._running(f"learner rank {rank}", path, start)
 
     async def sampler_handle(self, base_model: str) -> RayHandle:
         name, path = await self._model(base_model)

@@ -27,10 +27,11 @@ import torch
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
 from ..engines.base_weights import BaseWeights
+from ..engines.layout import Layout
 from ..engines.learner import Finished, LearnerEngine
 from ..engines.memory_budget import available_bytes
 from ..engines.models import copies_folder
-from ..engines.passes import PassRunner
+from ..engines.passes import Group, PassRunner
 from ..primitives.errors import (
     InvalidInput,
     NotFound,
@@ -99,11 +100,13 @@ class Learner:
         run_bytes: int | None = None,
         learners: int = 1,
         weights: BaseWeights = "auto",
+        layout: Layout | None = None,
     ) -> None:
         self.base_model = base_model
         self.model_path = model_path
         self.run_bytes = run_bytes
         self.learners = learners
+        self.layout = layout or Layout()
         self.engaging: dict[int, asyncio.Task[None]] = {}  # helpers on their way
         self.storage = Storage(storage_root)
         self.controller = controller
@@ -136,13 +139,26 @@ class Learner:
 
     def _load(self) -> None:
         set_engine_threads(self.num_threads)
-        backbone = Backbone(self.model_path, self.weights, engine_device(), copies=self.copies)
+        group: Group | None = None
+        if self.layout.world == 1:
+            backbone = Backbone(self.model_path, self.weights, engine_device(), copies=self.copies)
+        else:
+            # What torch needs for it takes seconds to import.
+            from .learner_layout import expected
+            from .learner_rank import LearnerRanks
+
+            plan = expected(self.model_path, self.weights, self.layout, engine_device())
+            print(f"{self.base_model}: {plan}", flush=True)
+            where = (self.base_model, self.model_path, self.layout, self.weights, self.copies)
+            group = ranks = LearnerRanks(self.controller, *where)
+            backbone = ranks.backbone
         free = available_bytes(backbone.device)
         self.engine = LearnerEngine(
             backbone,
             resident_bytes=free // 3 if self.run_bytes is None else self.run_bytes,
             host_bytes=available_bytes(torch.device("cpu")) // 3,
             learners=self.learners,
+            group=group,
             folder=None if "://" in self.storage.root else Path(self.storage.root, "idle"),
         )
 

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..primitives.errors import TinsmithError
-from . import chat, doctor, envs, export, keys, plot, profile, runs, serve, sft, train
+from . import chat, doctor, envs, export, keys, plan, plot, profile, runs, serve, sft, train
 
 
 class _Commands(TyperGroup):
@@ -35,6 +35,7 @@ app.command()(sft.sft)
 app.command()(runs.runs)
 app.command()(plot.plot)
 app.command()(profile.profile)
+app.command()(plan.plan)
 app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(export.export)

@@ -39,6 +39,13 @@ Engine = Annotated[
     typer.Option(help="What samples; auto: vLLM where it is installed and there is a GPU."),
 ]
 Learners = Annotated[int, typer.Option(min=1, help="Learners that share each model's batches.")]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        show_default="one rank",
+        help='Ranks of each model\'s learner: "auto", or degrees as in "shard=2,tensor=2".',
+    ),
+]
 BaseWeights = Annotated[
     BaseWeightsName,
     typer.Option(

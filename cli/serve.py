@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from ..primitives.errors import Unavailable
-from .options import Address, BaseWeights, Engine, Home, Learners, ReorderSamplerWeights, Samplers
+from .options import (
+    Address,
+    BaseWeights,
+    Engine,
+    Home,
+    Layout,
+    Learners,
+    ReorderSamplerWeights,
+    Samplers,
+)
 
 
 def serve(
@@ -47,6 +56,7 @@ def serve(
     ] = None,
     engine: Engine = "auto",
     learners: Learners = 1,
+    layout: Layout = None,
     base_weights: BaseWeights = "auto",
     reorder_sampler_weights: ReorderSamplerWeights = False,
     samplers: Samplers = 1,
@@ -84,6 +94,7 @@ def serve(
             sampler_threads=sampler_threads,
             engine=engine,
             learners=learners,
+            layout=layout,
             base_weights=base_weights,
             reorder_sampler_weights=reorder_sampler_weights,
             samplers=samplers,

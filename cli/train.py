@@ -20,6 +20,7 @@ from .options import (
     Engine,
     Home,
     Imports,
+    Layout,
     Learners,
     ReorderSamplerWeights,
     Resume,
@@ -42,6 +43,7 @@ def train(
     address: Address = None,
     engine: Engine = "auto",
     learners: Learners = 1,
+    layout: Layout = None,
     base_weights: BaseWeights = "auto",
     reorder_sampler_weights: ReorderSamplerWeights = False,
     samplers: Samplers = 1,
@@ -68,6 +70,7 @@ def train(
         base_weights=base_weights,
         reorder_sampler_weights=reorder_sampler_weights,
         learners=learners,
+        layout=layout,
         samplers=samplers,
     )
     summary = asyncio.run(_run(config, run_dir, resume, opened, console))

@@ -36,8 +36,9 @@ from .lora import (
     Span,
 )
 from .model_folder import NAMES, mappable, stored_dtypes
-from .quantized import pack
+from .quantized import PackedWeight, pack
 from .routing import Routing
+from .target_logprobs import UnembedSpan, target_logprobs
 
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """`(layer, q [H, T, E], k [G, T, E], v [G, T, E], scale) -> [T, H, E]`."""
@@ -78,7 +79,7 @@ def targets_of_folder(path: str | Path) -> dict[str, Shape]:
         )
 
 
-def _stored(path: str | Path, config: Any) -> str:
+def stored_dtype(path: str | Path, config: Any) -> str:
     """The dtype that most of a model's tensors are stored in, as safetensors calls it."""
     try:
         return stored_dtypes(Path(path)).most_common(1)[0][0]
@@ -98,12 +99,24 @@ class Backbone:
         weights: as chosen, never "auto".
         dtype: what is computed in, float32 or bfloat16.
         routing: of a mixture of experts.
+        lockstep: every backward pass goes through all layers, down to `bottom`, whatever its losses
+            depend on: other ranks go through them too.
+        bottom: the embedded tokens of the pass under way, in lockstep.
+        tensor_ranks: how many compute each product together.
+        context_ranks: how many share the rows of a pass.
+        gathered_bytes: of layers that are together only while they compute.
 
     Raises:
         InvalidInput: the model's family is not supported, it is stored quantised, or it is a mixture
             of experts, whose weights are not quantised.
         Unavailable: quantised weights are asked for, and the library for them is not installed.
     """
+
+    lockstep = False
+    bottom: Tensor
+    tensor_ranks = 1
+    context_ranks = 1
+    gathered_bytes = 0
 
     def __init__(
         self,
@@ -137,9 +150,9 @@ class Backbone:
             )
         self.path = str(path)
         self.device = torch.device(device)
-        self.weights, computing = resolved(weights, _stored(path, config), self.device.type)
+        self.weights, computing = resolved(weights, stored_dtype(path, config), self.device.type)
         self.dtype = DTYPES[computing]
-        self.model: nn.Module = self._load(copies)
+        self.model: nn.Module = self._load(config, copies)
         self.model.eval().requires_grad_(False)
         self.layers: list[Any] = [
             m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)
@@ -173,15 +186,22 @@ class Backbone:
             quantized = self.weights in QUANTIZED and name != UNEMBED
             weight = linear.weight.detach()
             packed = pack(weight.to(self.device, self.dtype), self.weights) if quantized else None
-            layer = LoraLinear(linear, name, self.lora, packed)
+            layer = self._wrapped(linear, name, packed)
             setattr(self.model.get_submodule(parent), leaf, layer)
+        self._place()
+
+    def _wrapped(self, linear: nn.Linear, name: str, packed: PackedWeight | None) -> LoraLinear:
+        return LoraLinear(linear, name, self.lora, packed)
+
+    def _place(self) -> None:
+        """Bring the weights to the device."""
         if self.weights in QUANTIZED:
             for parameter in self.model.parameters():
                 # A copy: a view would keep all of the file's pages mapped.
                 parameter.data = parameter.data.to(self.device, self.dtype, copy=True)
         self.model.to(self.device)
 
-    def _load(self, copies: Path | None) -> nn.Module:
+    def _load(self, config: Any, copies: Path | None) -> nn.Module:
         """The model's own modules: weights to be quantised as they are stored, others in `dtype`."""
         path, dtype = Path(self.path), self.dtype if self.weights not in QUANTIZED else "auto"
         if copies is not None and self.device.type == "cpu" and self.weights not in QUANTIZED:
@@ -238,3 +258,13 @@ class Backbone:
     def unembedding(self) -> Tensor:
         """The frozen output matrix `[V, D]`."""
         return self.model.get_parameter(f"{UNEMBED}.weight")
+
+    def target_logprobs(
+        self,
+        hidden_ND: Tensor,
+        pair_rows_M: Tensor,
+        targets_M: Tensor,
+        spans: Sequence[UnembedSpan],
+    ) -> Tensor:
+        """As `target_logprobs.target_logprobs`, through the frozen output matrix."""
+        return target_logprobs(hidden_ND, pair_rows_M, targets_M, self.unembedding, spans)

@@ -33,7 +33,7 @@ from .batch import Batch, Unit
 from .fair_queue import FairQueue
 from .memory_budget import Budget
 from .optimizer import AdamState, Due, adam_steps
-from .passes import Outcome, PassRunner, Result, Work, pass_shape, run_pass
+from .passes import Group, Outcome, PassRunner, Result, Work, pass_shape, run_pass
 from .run_store import Run, RunStore
 
 
@@ -128,6 +128,7 @@ class LearnerEngine:
         max_pack_tokens: rows of one pass; bounds the memory that activations take.
         memory_bytes: for runs and passes; None: most of what is free.
         learners: with how many others' help, itself included, batches are to be computed.
+        group: computes the passes in its place, `learners` of them at once.
         runs: options of the `RunStore`.
 
     Attributes:
@@ -141,12 +142,14 @@ class LearnerEngine:
         max_pack_tokens: int = 2048,
         memory_bytes: int | None = None,
         learners: int = 1,
+        group: Group | None = None,
         **runs: Any,
     ) -> None:
         self.backbone = backbone
         self.budget = Budget(backbone, memory_bytes)
         self.max_pack_tokens = max_pack_tokens
-        self.learners = learners
+        self.group = group
+        self.learners = learners if group is None else group.parts
         self.helpers: dict[int, PassRunner] = {}
         self.runs = RunStore(backbone.device, **{"resident_bytes": memory_bytes, **runs})
         self.queue = FairQueue()
@@ -326,7 +329,7 @@ class LearnerEngine:
         for tasks in list(self._tasks.values()):
             if not tasks[0].units:
                 self._close(tasks[0])  # its loss depends on nothing
-        learners = 1 + len(self.helpers)
+        learners = 1 + len(self.helpers) if self.group is None else self.group.parts
         rows = sum(len(u.pack.tokens) for tasks in self._tasks.values() for u in tasks[0].units)
         room = min(self.max_pack_tokens, -(-rows // learners))
         runs: dict[str, Run] = {}
@@ -365,12 +368,15 @@ class LearnerEngine:
     def _run(self, passes: Sequence[Sequence[_Part]]) -> None:
         """The first here, the others by helpers meanwhile; what a helper fails at is done here."""
         began, cpu = time.perf_counter(), torch.device("cpu")
+        if self.group is not None:
+            self._run_in_group(self.group, passes, began)
+            return
         helped = {
             name: (parts, helper([part.work.to(cpu) for part in parts]))
             for parts, (name, helper) in zip(passes[1:], self.helpers.items(), strict=False)
         }
-        for parts in passes[:1]:
-            self._run_here(parts, began)
+        for first in passes[:1]:
+            self._run_here(first, began)
         for name, (parts, future) in helped.items():
             try:
                 outcome = future.result().to(self.backbone.device)
@@ -397,6 +403,34 @@ class LearnerEngine:
                 self._close(parts[0].task, _failure(parts[0].task, error))
         else:
             self._take_all(parts, outcome, began)
+
+    def _run_in_group(
+        self, group: Group, passes: Sequence[Sequence[_Part]], began: float, again: bool = True
+    ) -> None:
+        """All at once. If ranks were lost the others, and new ones, compute it again; what then fails is
+        computed part by part."""
+        passes = [[p for p in parts if p.task.failure is None] for parts in passes]
+        passes = [parts for parts in passes if parts]
+        if not passes:
+            return
+        failure = None
+        try:
+            checkpointing = any(map(self._checkpointing, passes))
+            outcomes = group.run([[part.work for part in parts] for parts in passes], checkpointing)
+        except Exception as error:
+            # Without its traceback, which would keep what the pass held.
+            failure = error.with_traceback(None)
+        else:
+            for parts, outcome in zip(passes, outcomes, strict=True):
+                self._take_all(parts, outcome, began)
+        single = [part for parts in passes for part in parts]
+        if isinstance(failure, Unavailable) and again:
+            self._run_in_group(group, passes, began, again=False)
+        elif failure is not None and len(single) > 1:
+            for part in single:
+                self._run_in_group(group, [[part]], began)
+        elif failure is not None:
+            self._close(single[0].task, _failure(single[0].task, failure))
 
     def _checkpointing(self, parts: Sequence[_Part]) -> bool:
         """

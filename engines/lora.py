@@ -225,6 +225,10 @@ class LoraLinear(nn.Module):
         if self.packed is None and self.reordered is None:
             self.reordered = reorder(self.dense())
 
+    def used(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        """What of an adapter's A and B this layer computes with."""
+        return a_RI, b_OR
+
     def forward(self, x: Tensor) -> Tensor:
         spans: list[tuple[int, int, float]] = []
         factors: list[Tensor] = []
@@ -232,7 +236,7 @@ class LoraLinear(nn.Module):
             weights = span.adapter.weights.get(self.name)
             if weights is not None:
                 spans.append((span.start, span.stop, span.adapter.layout.scale))
-                factors.extend(weights)
+                factors.extend(self.used(*weights))
         flat = x.reshape(-1, self.in_features)
         if torch.is_grad_enabled():
             y = _LoraLinear.apply(flat, self.dense, self.bias, spans, *factors)

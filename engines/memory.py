@@ -26,10 +26,12 @@ from .backbone import DTYPES, Backbone
 from .base_weights import QUANTIZED, BaseWeights
 from .lora import UNEMBED, AdapterLayout
 from .target_logprobs import CHUNK_ROWS
-from .tree_attention import alike
+from .tree_attention import alike, cut_forest, own_segments, row_edges
 
 INDEX = 8  # bytes of an index
 FLOAT = 4  # bytes; adapters, gradients, moments, norms and logprobs are float32 in any case
+# Decoder layers that `fully_shard` has at once: the gathered one, and the buffer that it arrives in.
+GATHERED_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,27 @@ class PassShape:
     Attributes:
         segments, paths: as `packing.Pack` has them.
         targets: rows whose logprobs are wanted.
+        own: segments `[first, last)` that the rank in question computes (None: all).
     """
 
     segments: Sequence[int]
     paths: Sequence[tuple[int, ...]]
     targets: int
+    own: tuple[int, int] | None = None
+
+    @property
+    def _own(self) -> tuple[int, int]:
+        return self.own or (0, len(self.segments))
 
     @property
     def rows(self) -> int:
-        return sum(self.segments)
+        first, last = self._own
+        return sum(self.segments[first:last])
+
+    @property
+    def others(self) -> int:
+        """Rows that other ranks compute."""
+        return sum(self.segments) - self.rows
 
     @property
     def below(self) -> list[tuple[int, int, int]]:
@@ -55,9 +69,22 @@ class PassShape:
         of each, and keys that each of them sees. One that stands alone copies nothing."""
         return [
             (count, self.segments[i], self.segments[i] + sum(self.segments[j] for j in path))
-            for i, count in alike(self.segments, self.paths)
+            for i, count in self._alike()
             if (path := self.paths[i])
         ]
+
+    def _alike(self) -> list[tuple[int, int]]:
+        first, last = self._own
+        groups = alike(self.segments[first:last], self.paths[first:last])
+        return [(first + index, count) for index, count in groups]
+
+    def share(self, ranks: int) -> PassShape:
+        """Of the last of several ranks that share its rows, whose rows see the most keys."""
+        if ranks == 1:
+            return self
+        edges = row_edges(sum(self.segments), ranks)
+        segments, paths = cut_forest(self.segments, self.paths, edges)
+        return PassShape(segments, paths, self.targets, own_segments(segments, edges, ranks - 1))
 
 
 @dataclass(frozen=True)
@@ -67,30 +94,37 @@ class MemoryModel:
     Args:
         config: of transformers.
         item: bytes of a number of what is computed in (4 in float32, 2 in bfloat16).
-        scratch: bytes that a packed weight takes when it is unpacked.
+        scratch: bytes of weights that are there only while they are computed with: what a packed one
+            is unpacked to, or layers gathered from several ranks.
+        tensor: ranks that compute each product together, of which this one has its share.
+        context: ranks that share a pass's rows.
         grouped: whether all experts are computed at once.
     """
 
     config: Any
     item: int
     scratch: int = 0
+    tensor: int = 1
+    context: int = 1
     grouped: bool = False
 
     @classmethod
     def of(cls, backbone: Backbone) -> MemoryModel:
         sizes = [math.prod(shape) for shape in backbone.targets.values()]
         scratch = backbone.dtype.itemsize * max(sizes) if backbone.weights in QUANTIZED else 0
+        scratch += backbone.gathered_bytes
+        ranks = (backbone.tensor_ranks, backbone.context_ranks)
         grouped = backbone.device.type == "cuda" and backbone.dtype == torch.bfloat16
-        return cls(backbone.config, backbone.dtype.itemsize, scratch, grouped)
+        return cls(backbone.config, backbone.dtype.itemsize, scratch, *ranks, grouped)
 
     def pass_(
         self, shape: PassShape, layouts: Sequence[AdapterLayout], *, checkpointing: bool
     ) -> int:
         """Of a forward and backward pass at its peak; the state of its runs, whose `layouts` are
         given, is not included."""
-        c, layers = self.config, self.config.num_hidden_layers
+        c, layers, shape = self.config, self.config.num_hidden_layers, shape.share(self.context)
         gradient = FLOAT * sum(layout.size for layout in layouts)
-        end = self._final(shape) + self._logits(shape, layouts)
+        end = self._final(shape) + self.logits(shape, layouts)
         if not checkpointing:
             inner = self._inner(shape, layouts) + self._expert_gradients(layouts)
             peak = layers * self._layer(shape, layouts) + max(end, inner)
@@ -105,7 +139,7 @@ class MemoryModel:
     def forward(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
         """Of a pass without gradient at its peak: in a layer's MLP, where queries are rotated, or
         after the last layer."""
-        c = self.config
+        c, shape = self.config, shape.share(self.context)
         q, kv = self._heads()
         attention = self.item * (
             (2 * c.hidden_size + 5 * q + 2 * kv) * shape.rows + max(self._copies(shape), default=0)
@@ -115,9 +149,9 @@ class MemoryModel:
             mlp += self._block(shape, 2 * c.hidden_size + 4 * c.moe_intermediate_size)
             mlp += self.item * self._expert_factors(layouts)
         else:
-            mlp = self.item * (2 * c.hidden_size + 3 * c.intermediate_size) * shape.rows
+            mlp = self.item * (2 * c.hidden_size + 3 * self._inner_size) * shape.rows
         inside = max(attention, mlp)
-        end = self._final(shape) + self._logits(shape, layouts)
+        end = self._final(shape) + self.logits(shape, layouts)
         return max(inside, end) + self._all_along(shape)
 
     def _layer(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
@@ -131,12 +165,15 @@ class MemoryModel:
         if self._routed:  # gate and up
             row += item * 2 * c.moe_intermediate_size * c.num_experts_per_tok + self._routing()
         else:  # gate, its activation, up and their product
-            row += item * 4 * c.intermediate_size
-        row += FLOAT * c.num_attention_heads
+            row += item * 4 * self._inner_size
+        row += FLOAT * c.num_attention_heads // self.tensor
         if c.model_type in ("qwen3", "qwen3_moe"):  # which norms queries and keys too
-            row += FLOAT * (q + kv + c.num_attention_heads + c.num_key_value_heads)
+            heads = (c.num_attention_heads + c.num_key_value_heads) // self.tensor
+            row += FLOAT * (q + kv + heads)
         row += item * max(map(self._ranks, layouts))
-        return row * shape.rows + item * sum(self._copies(shape))
+        kept = row * shape.rows + item * sum(self._copies(shape))
+        # Of the last of several ranks, keys and values are kept among what its attention copies.
+        return kept - (2 * item * kv * shape.rows if shape.others else 0)
 
     def _copies(self, shape: PassShape) -> list[int]:
         """Numbers that the attention of segments below others copies: their queries, the keys and
@@ -149,8 +186,15 @@ class MemoryModel:
 
     def _heads(self) -> tuple[int, int]:
         """Numbers of a row's queries, and of its keys."""
-        c = self.config
-        return c.num_attention_heads * _head_size(c), c.num_key_value_heads * _head_size(c)
+        c, size = self.config, _head_size(self.config)
+        return (
+            c.num_attention_heads // self.tensor * size,
+            c.num_key_value_heads // self.tensor * size,
+        )
+
+    @property
+    def _inner_size(self) -> int:
+        return self.config.intermediate_size // self.tensor
 
     @property
     def _routed(self) -> bool:
@@ -207,23 +251,28 @@ class MemoryModel:
         return masks + 2 * self.item * _head_size(self.config) * shape.rows + self.scratch
 
     def _final(self, shape: PassShape) -> int:
-        """The final norm's input and output; rows with a target, and what is kept of their logits."""
+        """The final norm's input and output, and where rows are shared that of all; rows with a target, and
+        what is kept of their logits."""
         size = self.config.hidden_size
-        return (FLOAT + self.item) * size * shape.rows + 2 * self.item * size * shape.targets
+        gathered = 2 * self.item * size * (shape.others and shape.others + shape.rows)
+        own = -(-shape.targets // (self.tensor * self.context))
+        kept = self.item * size * (shape.targets + own)
+        return (FLOAT + self.item) * size * shape.rows + gathered + kept
 
     def _inner(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
         """Gradients of the MLP's inner activations, of which two are there at once; of experts, those
         of a block, and of all rows the input's."""
         c = self.config
         if not self._routed:
-            return 2 * self.item * c.intermediate_size * shape.rows
+            return 2 * self.item * self._inner_size * shape.rows
         rows = (self.item * c.hidden_size + 2 * FLOAT * c.num_experts_per_tok) * shape.rows
         factors = self.item * self._expert_factors(layouts)
         return rows + factors + self._block(shape, 3 * c.hidden_size + 7 * c.moe_intermediate_size)
 
-    def _logits(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
+    def logits(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
         """A chunk of them, and gradients of the rows' hidden states."""
-        chunk = min(shape.targets, CHUNK_ROWS) * self.config.vocab_size
+        own = -(-shape.targets // (self.tensor * self.context))
+        chunk = min(own, CHUNK_ROWS) * self.config.vocab_size
         if self.item != FLOAT:  # sums, and a trained unembedding's gradient, are float32
             chunk *= 3 + 2 * any(UNEMBED in layout.targets for layout in layouts)
         return self.item * (chunk + self.config.hidden_size * shape.targets)

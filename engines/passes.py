@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from .malloc import frugal
 from .memory import PassShape
 from .packing import Pack
 from .routing import RouterLoad
-from .target_logprobs import UnembedSpan, target_logprobs
+from .target_logprobs import UnembedSpan
 from .tree_attention import TreeAttention
 
 MIN_ROWS = 16
@@ -84,15 +85,47 @@ PassRunner = Callable[[Sequence[Work]], "Future[Outcome]"]
 """Computes a pass elsewhere; works and outcome are on the CPU."""
 
 
-def run_pass(backbone: Backbone, works: Sequence[Work], checkpointing: bool = False) -> Outcome:
-    """Compute all `works` (either all `backward` or none) in one pass."""
+class Group(Protocol):
+    """What a `LearnerEngine` has its passes computed by.
+
+    Attributes:
+        parts: how many passes it computes at once.
+    """
+
+    parts: int
+
+    def run(self, passes: Sequence[Sequence[Work]], checkpointing: bool) -> list[Outcome]:
+        """At most `parts` passes, of works that are all `backward` or all not. Of the works under
+        one adapter (the same `params`), which are one batch's, the first that has a gradient is given the
+        sum of all their gradients.
+
+        Raises:
+            Unavailable: ranks were lost, or a pass failed on one; what comes next is computed by new
+                ones.
+        """
+        ...
+
+
+def run_pass(
+    backbone: Backbone,
+    works: Sequence[Work],
+    checkpointing: bool = False,
+    *,
+    backward: bool | None = None,
+) -> Outcome:
+    """Compute all `works` (either all `backward` or none) in one pass; without works, which only a
+    backbone in lockstep is given, `backward` says which."""
     with frugal(checkpointing):
-        return _run_pass(backbone, works, checkpointing)
+        return _run_pass(
+            backbone, works, checkpointing, works[0].backward if backward is None else backward
+        )
 
 
-def _run_pass(backbone: Backbone, works: Sequence[Work], checkpointing: bool) -> Outcome:
+def _run_pass(
+    backbone: Backbone, works: Sequence[Work], checkpointing: bool, backward: bool
+) -> Outcome:
     started = time.perf_counter()
-    device, backward = backbone.device, works[0].backward
+    device = backbone.device
     leaves = [_leaves(work) for work in works]
     bounds = np.cumsum([0, *(len(work.unit.pack.tokens) for work in works)]).tolist()
     losses: list[Tensor | InvalidInput] = []
@@ -114,7 +147,9 @@ def _run_pass(backbone: Backbone, works: Sequence[Work], checkpointing: bool) ->
         _wait_for(device)
     forwarded = time.perf_counter()
     with record_function("backward"):
-        grads = _gradients(works, leaves, losses) if backward else [None] * len(works)
+        grads: list[Tensor | None] = [None] * len(works)
+        if backward:
+            grads = _gradients(backbone, hidden_TD, works, leaves, losses)
         _wait_for(device)
     results: list[Result | InvalidInput] = [
         loss
@@ -204,11 +239,10 @@ def _logprobs(backbone: Backbone, work: Work, leaves: Leaves, hidden_ND: Tensor)
     spans = []
     if UNEMBED in leaves:
         spans = [UnembedSpan(0, len(hidden_ND), work.layout.scale, *leaves[UNEMBED])]
-    return target_logprobs(
+    return backbone.target_logprobs(
         hidden_ND,
         torch.from_numpy(unit.pair_rows).to(device),
         torch.from_numpy(unit.targets).to(device),
-        backbone.unembedding,
         spans,
     )
 
@@ -225,7 +259,11 @@ def _loss(work: Work, p_M: Tensor) -> Tensor | InvalidInput:
 
 
 def _gradients(
-    works: Sequence[Work], leaves: Sequence[Leaves], losses: Sequence[Tensor | InvalidInput]
+    backbone: Backbone,
+    hidden_TD: Tensor,
+    works: Sequence[Work],
+    leaves: Sequence[Leaves],
+    losses: Sequence[Tensor | InvalidInput],
 ) -> list[Tensor | None]:
     """Per work its flat gradient, by one backward pass through all."""
     taking = [
@@ -234,11 +272,23 @@ def _gradients(
         if isinstance(loss, Tensor) and loss.requires_grad and bool(work.unit.needed.any())
     ]
     grads: list[Tensor | None] = [None] * len(works)
-    if not taking:
-        return grads
     factors = [[leaf for pair in leaves[i].values() for leaf in pair] for i in taking]
-    total = torch.stack([loss for i in taking if isinstance(loss := losses[i], Tensor)]).sum()
-    parts = iter(torch.autograd.grad(total, [leaf for own in factors for leaf in own]))
+    ends: list[Tensor] = []
+    seeds: list[Tensor | None] = []
+    wanted = [leaf for own in factors for leaf in own]
+    if taking:
+        ends.append(
+            torch.stack([loss for i in taking if isinstance(loss := losses[i], Tensor)]).sum()
+        )
+        seeds.append(None)
+    if backbone.lockstep:
+        ends.append(hidden_TD)
+        seeds.append(torch.zeros_like(hidden_TD))
+        wanted.append(backbone.bottom)
+    if not ends:
+        return grads
+    # A rank's share of the targets may leave an adapter of the output layer out.
+    parts = iter(torch.autograd.grad(ends, wanted, seeds, materialize_grads=backbone.lockstep))
     for index, own in zip(taking, factors, strict=True):
         # The flat buffer holds A and B of each target in just this order.
         grads[index] = torch.cat([next(parts).reshape(-1) for _ in own])

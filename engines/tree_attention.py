@@ -7,8 +7,9 @@ each, K keys it sees, H query heads, G key/value heads, E size of a head.
 
 from __future__ import annotations
 
-import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -28,8 +29,43 @@ def alike(segments: Sequence[int], paths: Sequence[tuple[int, ...]]) -> list[tup
     return groups
 
 
+def row_edges(rows: int, ranks: int) -> list[int]:
+    """Rank r computes rows `[edges[r], edges[r + 1])`: none if there are fewer rows than ranks."""
+    return [rows * rank // ranks for rank in range(ranks + 1)]
+
+
+def cut_forest(
+    segments: Sequence[int], paths: Sequence[tuple[int, ...]], edges: Sequence[int]
+) -> tuple[list[int], list[tuple[int, ...]]]:
+    """The same forest in segments that do not reach over any edge (rows): of one that did, each piece
+    has those before it for ancestors."""
+    pieces: list[list[int]] = []  # by segment: the new ones
+    cut_segments: list[int] = []
+    cut_paths: list[tuple[int, ...]] = []
+    for (start, stop), path in zip(pairwise([0, *accumulate(segments)]), paths, strict=True):
+        within = [edge for edge in edges if start < edge < stop]
+        own: list[int] = []
+        above = [piece for ancestor in path for piece in pieces[ancestor]]
+        for first, last in pairwise([start, *within, stop]):
+            cut_paths.append((*above, *own))
+            own.append(len(cut_segments))
+            cut_segments.append(last - first)
+        pieces.append(own)
+    return cut_segments, cut_paths
+
+
+def own_segments(segments: Sequence[int], edges: Sequence[int], rank: int) -> tuple[int, int]:
+    """Of a forest so cut, the segments `[first, last)` with that rank's rows."""
+    starts = [0, *accumulate(segments)]
+    return bisect_left(starts, edges[rank]), bisect_left(starts, edges[rank + 1])
+
+
 class TreeAttention:
-    """An `Attention` for one pack; the masks are made once and serve every layer."""
+    """An `Attention` for one pack; the masks are made once and serve every layer.
+
+    Args:
+        own: segments `[first, last)` whose queries it is called with; keys and values are always all.
+    """
 
     def __init__(
         self,
@@ -37,11 +73,15 @@ class TreeAttention:
         paths: Sequence[tuple[int, ...]],
         queries_per_key: int,
         device: torch.device,
+        own: tuple[int, int] | None = None,
     ) -> None:
         self.segments = list(segments)
         self.paths = list(paths)
         self.queries_per_key = queries_per_key
-        self.alike = alike(self.segments, self.paths)
+        first, last = own or (0, len(self.segments))
+        self.before = sum(self.segments[:first])  # rows
+        groups = alike(self.segments[first:last], self.paths[first:last])
+        self.alike = [(first + index, count) for index, count in groups]
         self.masks = {
             index: self._mask(self.segments[index], sum(self.segments[i] for i in path), device)
             for index, _ in self.alike
@@ -57,13 +97,15 @@ class TreeAttention:
         self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, scale: float
     ) -> Tensor:
         k, v = (x.split(self.segments, dim=1) for x in (k_GTE, v_GTE))
-        starts = [0, *itertools.accumulate(self.segments)]
+        starts = [0, *accumulate(self.segments)]
         out = []
         for index, count in self.alike:
             path, mask = self.paths[index], self.masks.get(index)
             here = slice(starts[index], starts[index + count])
+            asking = slice(here.start - self.before, here.stop - self.before)
             q_BHLE, k_BGLE, v_BGLE = (
-                x[:, here].unflatten(1, (count, -1)).transpose(0, 1) for x in (q_HTE, k_GTE, v_GTE)
+                x[:, rows].unflatten(1, (count, -1)).transpose(0, 1)
+                for x, rows in ((q_HTE, asking), (k_GTE, here), (v_GTE, here))
             )
             if mask is None:
                 out_BHLE = scaled_dot_product_attention(

@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def run_script(text: str, *args: object, seconds: float = 120) -> str:
     """The output of a script that must end well."""
+    paths = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *map(str, args)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *paths])},
         capture_output=True,
         text=True,
         timeout=seconds,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import tinsmith
 from tinsmith.algorithms.losses import get_loss
-from tinsmith.engines import passes
+from tinsmith.engines import backbone as backbone_module
 from tinsmith.engines.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
@@ -204,13 +204,13 @@ def test_a_positions_targets_share_its_logits(llama, monkeypatch):
     engine = engine_with_run(llama)
     datum = soft_targets(np.random.default_rng(13), 30, 20)
     shapes = []
-    real = passes.target_logprobs
+    real = backbone_module.target_logprobs
 
     def spy(hidden, rows, *rest):
         shapes.append((len(hidden), len(rows)))
         return real(hidden, rows, *rest)
 
-    monkeypatch.setattr(passes, "target_logprobs", spy)
+    monkeypatch.setattr(backbone_module, "target_logprobs", spy)
     engine.forward_backward("a", [datum], "cross_entropy")
     assert shapes == [(30, 600)]
 
