@@ -443,6 +443,14 @@ class RoutedExperts(nn.Module):
         self.names = [f"{name}.{projection}" for projection in (GATE, UP, DOWN)]
         self.context = context
 
+    def stored(self, parameter: str, expert: int, matrix: Tensor) -> list[tuple[str, Tensor]]:
+        """What an expert's matrix consists of in a model's files: names, after the module's own, and
+        views."""
+        if parameter == "down_proj":
+            return [(f"{expert}.{DOWN}.weight", matrix)]
+        gate, up = matrix.chunk(2)
+        return [(f"{expert}.{GATE}.weight", gate), (f"{expert}.{UP}.weight", up)]
+
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         spans = [s for s in self.context.spans if self.names[0] in s.adapter.weights]
         factors = [f for s in spans for name in self.names for f in s.adapter.weights[name]]

@@ -6,17 +6,16 @@ Counted is the fullest rank: rank 0, which also holds the runs' gradients and op
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from ..primitives.errors import InvalidInput
-from ..primitives.types import LoraConfig
+from ..primitives.types import ExpertAdapters, LoraConfig
 from .backbone import DTYPES, adapter_targets
 from .layout import Layout
 from .lora import AdapterLayout
@@ -26,8 +25,6 @@ PASS_ROWS = 2048
 USABLE = 0.9  # of a device's memory; the rest is the driver's, and holes between tensors
 NODE = 8  # devices of a machine, beyond which products are not cut
 MOST = 1024  # devices that are looked for where those given do not do
-
-Experts = Literal["each", "shared"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Demand:
     rank: int = 32
     context: int = PASS_ROWS
     weights: str = "bf16"
-    experts: Experts = "each"
+    experts: ExpertAdapters = "each"
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,8 @@ class Planner:
             InvalidInput: the model cannot be laid out so.
         """
         layout.check(self.config)
-        model = MemoryModel(_dense_alike(self.config), self.item, 0, layout.tensor, layout.context)
+        grouped = self.demand.weights == "bf16"
+        model = MemoryModel(self.config, self.item, 0, layout.tensor, layout.context, grouped)
         rows = max(PASS_ROWS, self.demand.context)
         shape, adapters = PassShape([rows], [()], rows), [self.adapter]
         fixed = (
@@ -222,8 +220,7 @@ class Planner:
             if devices % (context * tensor * shard):
                 continue
             data = devices // (context * tensor * shard)
-            spread = shard if self.num_experts and self.num_experts % shard == 0 else 1
-            layout = Layout(data, shard, tensor, spread, context)
+            layout = Layout(data, shard, tensor, context=context)
             try:
                 layout.check(self.config)
             except InvalidInput:
@@ -232,30 +229,8 @@ class Planner:
 
 
 def _adapter_layout(config: Any, demand: Demand) -> AdapterLayout:
-    """Of a run on attention and MLP. Those of routed experts are named by projection, as if they were
-    linear layers."""
+    """Of a run on attention and MLP."""
     with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config)
-    targets = adapter_targets(model)
-    if getattr(config, "num_experts", None):
-        targets = {name: io[:2] for name, io in targets.items() if ".experts" not in name}
-        hidden, inner = config.hidden_size, config.moe_intermediate_size
-        count = config.num_experts if demand.experts == "each" else 1
-        for layer in range(config.num_hidden_layers):
-            for index in range(count):
-                at = f"model.layers.{layer}.mlp.experts.{index}"
-                targets[f"{at}.gate_proj"] = targets[f"{at}.up_proj"] = (hidden, inner)
-                targets[f"{at}.down_proj"] = (inner, hidden)
-    return AdapterLayout.of(LoraConfig(rank=demand.rank, train_unembed=False), targets)
-
-
-def _dense_alike(config: Any) -> Any:
-    """A config whose MLP keeps as much of a row as a mixture's chosen experts do: of each its input, and
-    what a dense MLP of its size keeps."""
-    if not getattr(config, "num_experts", None):
-        return config
-    alike = copy.copy(config)
-    kept = config.moe_intermediate_size + config.hidden_size // 4
-    alike.intermediate_size = config.num_experts_per_tok * kept
-    alike.model_type = config.model_type.removesuffix("_moe")  # which norms queries and keys too
-    return alike
+        targets = adapter_targets(AutoModelForCausalLM.from_config(config))
+    lora = LoraConfig(rank=demand.rank, train_unembed=False, experts=demand.experts)
+    return AdapterLayout.of(lora, targets)

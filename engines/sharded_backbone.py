@@ -24,6 +24,7 @@ from .backbone import Attention, Backbone
 from .base_weights import QUANTIZED, BaseWeights
 from .context_parallel import ContextAttention, own_spans
 from .exchange import concatenated, copied
+from .experts import RoutedExperts
 from .lora import UNEMBED, LoraLinear, Span
 from .memory import GATHERED_LAYERS
 from .quantized import PackedWeight
@@ -81,12 +82,6 @@ class ShardedBackbone(Backbone):
 
     def _load(self, config: Any, copies: Path | None) -> nn.Module:
         self.ranks.layout.check(config)
-        shared = self.cut or self.ranks.layout.context > 1
-        if shared and getattr(config, "num_experts", None):
-            raise InvalidInput(
-                f"layout {self.ranks.layout}: a mixture of experts ({config.model_type}) is not cut "
-                "over ranks yet; take a layout of data alone"
-            )
         if not self.cut:
             return super()._load(config, copies)
         return skeleton(config, self.dtype, "tinsmith")
@@ -135,12 +130,21 @@ class ShardedBackbone(Backbone):
             if where is None:
                 own.zero_()
                 continue
+            rows = slice(0, parameter.shape[0])
             if isinstance(parameter, DTensor):
                 rows = share(parameter.shape[0], self.ranks.shard_rank, self.ranks.layout.shard)
                 first = where[0].start or 0 if where else 0
                 where = (slice(first + rows.start, first + rows.stop), *where[1:])
-            if own.numel():
-                files.read_into(own, name, where)
+            if not own.numel():
+                continue
+            if isinstance(layer, RoutedExperts):
+                for expert, matrix in zip(range(rows.start, rows.stop), own, strict=True):
+                    for stored, own_part in layer.stored(leaf, expert, matrix):
+                        files.read_into(own_part, f"{module}.{stored}", ())
+            else:
+                # A router's linear layer goes by the router's name.
+                stored = f"{layer.name}.{leaf}" if isinstance(layer, LoraLinear) else name
+                files.read_into(own, stored, where)
         self.bytes_read = files.bytes_read
         files.close()
 

@@ -14,6 +14,7 @@ from tests.engines.on_ranks import on_ranks
 from tinsmith import InvalidInput
 from tinsmith.algorithms.losses import get_loss, register_loss
 from tinsmith.engines.backbone import Backbone
+from tinsmith.engines.layout import Layout
 from tinsmith.engines.learner import LearnerEngine
 from tinsmith.primitives.types import AdamParams, Datum, LoraConfig
 
@@ -134,22 +135,38 @@ def train_ranks(leader) -> dict:
 
 
 @pytest.fixture(scope="module")
-def paths(tiny_llama, tiny_qwen2, tiny_qwen3) -> list[str]:
-    return [tiny_llama, tiny_qwen2, tiny_qwen3]
+def all_paths(tiny_llama, tiny_qwen2, tiny_qwen3, tiny_moe) -> list[str]:
+    return [tiny_llama, tiny_qwen2, tiny_qwen3, tiny_moe]
 
 
 @pytest.fixture(scope="module")
-def whole(paths) -> list[dict]:
+def paths(layout, all_paths) -> list[str]:
+    """Mixtures of experts are cut by data and shard only."""
+    return all_paths[: 3 if Layout.parse(layout).together > 1 else 4]
+
+
+@pytest.fixture(scope="module")
+def all_whole(all_paths) -> list[dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    told = [train(engine_of(Backbone(path, "fp32"))) for path in paths]
+    told = [train(engine_of(Backbone(path, "fp32"))) for path in all_paths]
     torch.set_num_threads(threads)
     return told
 
 
+@pytest.fixture(scope="module")
+def whole(all_whole, paths) -> list[dict]:
+    return all_whole[: len(paths)]
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
-def ranks(request, paths, tmp_path_factory) -> list[dict]:
-    return on_ranks(request.param, paths, train_ranks, tmp_path_factory.mktemp("ranks"))
+def layout(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(layout, paths, tmp_path_factory) -> list[dict]:
+    return on_ranks(layout, paths, train_ranks, tmp_path_factory.mktemp("ranks"))
 
 
 def close(got, wanted, tolerance: float = 1e-5) -> None:
