@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -39,6 +39,9 @@ from .model_folder import NAMES, mappable, stored_dtypes
 from .quantized import PackedWeight, pack
 from .routing import Routing
 from .target_logprobs import UnembedSpan, target_logprobs
+
+if TYPE_CHECKING:
+    from .spread_experts import Spread
 
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """`(layer, q [H, T, E], k [G, T, E], v [G, T, E], scale) -> [T, H, E]`."""
@@ -105,6 +108,7 @@ class Backbone:
         tensor_ranks: how many compute each product together.
         context_ranks: how many share the rows of a pass.
         gathered_bytes: of layers that are together only while they compute.
+        spread: what ranks know that have a mixture's experts together.
 
     Raises:
         InvalidInput: the model's family is not supported, it is stored quantised, or it is a mixture
@@ -117,6 +121,7 @@ class Backbone:
     tensor_ranks = 1
     context_ranks = 1
     gathered_bytes = 0
+    spread: Spread | None = None
 
     def __init__(
         self,

@@ -51,6 +51,22 @@ class _Concatenation(torch.autograd.Function):
         return total.narrow(ctx.dim, *ctx.own), None, None, None, None
 
 
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, terms: Tensor, sizes: list[int], group: Any) -> Tensor:
+        start = sum(sizes[: dist.get_rank(group)])
+        ctx.own, ctx.group, ctx.total = (start, sizes[dist.get_rank(group)]), group, sum(sizes)
+        return _added(terms, group).narrow(0, *ctx.own)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (own,) = grads
+        total = own.new_zeros(ctx.total, *own.shape[1:])
+        total.narrow(0, *ctx.own).copy_(own)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None, None
+
+
 def _added(values: Tensor, group: Any) -> Tensor:
     total = values.contiguous().clone()
     dist.all_reduce(total, group=group)
@@ -65,6 +81,11 @@ def summed(values: Tensor, group: Any) -> Tensor:
 def copied(values: Tensor, group: Any) -> Tensor:
     """To ranks that go on differently: their gradients are summed."""
     return _Copy.apply(values, group)
+
+
+def shared_out(terms: Tensor, sizes: list[int], group: Any) -> Tensor:
+    """This rank's rows of the sum over ranks, of which rank r of the group has `sizes[r]`."""
+    return _Share.apply(terms, sizes, group)
 
 
 def concatenated(

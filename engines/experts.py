@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, silu
 
 from ..primitives.errors import InvalidInput
-from .lora import ROUTER_TARGETS, LoraContext, LoraLinear, Shape
+from .lora import ROUTER_TARGETS, LoraContext, LoraLinear, Shape, Span
 from .products import rows_times
 from .routing import Routing
 
@@ -144,6 +144,7 @@ class Pairs:
         ends_E: int32, where each expert's pairs end.
         blocks: of one expert each, if it has pairs; or one of all.
         sizes: how many pairs each span has.
+        count: how many there are with experts of this rank; the others come after them.
     """
 
     rows_P: Tensor
@@ -152,6 +153,7 @@ class Pairs:
     ends_E: Tensor
     blocks: list[Block]
     sizes: list[int]
+    count: int
 
     @classmethod
     def of(
@@ -159,6 +161,7 @@ class Pairs:
     ) -> Pairs:
         """
         Args:
+            ids_TK: experts; those from `experts` on are elsewhere.
             spans: `[start, stop)` of rows, disjoint and in order.
             whole: one block of all.
         """
@@ -172,9 +175,10 @@ class Pairs:
         pieces, device = len(lengths), ids_TK.device
         piece_T = torch.repeat_interleave(torch.arange(pieces), lengths).to(device)
         cell_P = (ids_TK * pieces + piece_T[:, None]).reshape(-1)
-        ends_C = torch.bincount(cell_P, minlength=experts * pieces).cumsum(0)
+        ends_C = torch.bincount(cell_P, minlength=experts * pieces)[: experts * pieces].cumsum(0)
         ends = [0, *ends_C.tolist()]
-        blocks: list[Block] = [Block(0, rows * k, None, [])] if whole else []
+        count = ends[-1]
+        blocks: list[Block] = [Block(0, count, None, [])] if whole and count else []
         sizes = [0] * len(spans)
         for expert in range(experts):
             first = expert * pieces
@@ -191,7 +195,7 @@ class Pairs:
                     block.cells.append(cell)
                     sizes[span] += b - a
         ends_E = ends_C[pieces - 1 :: pieces].int()
-        return cls(order_P // k, order_P, places_TK.view(rows, k), ends_E, blocks, sizes)
+        return cls(order_P // k, order_P, places_TK.view(rows, k), ends_E, blocks, sizes, count)
 
     def rows_of(self, x_TX: Tensor, block: Block) -> Tensor:
         """The rows of a block's pairs, `[B, X]`; of an expert, filled up by zeros to a multiple of
@@ -211,8 +215,9 @@ class Pairs:
         return rows_times(x_BX, weight_EYX[block.expert])
 
     def add(self, total_TX: Tensor, y_BX: Tensor, block: Block) -> None:
-        """Add what a block's pairs give to their rows, in the same order every time."""
-        if block.expert is not None:  # which has each row once
+        """Add what a block's pairs give to their rows; in the same order every time, if all experts are
+        here."""
+        if block.expert is not None or self.count < len(self.rows_P):
             rows_B = self.rows_P[block.start : block.stop]
             total_TX.index_add_(0, rows_B, y_BX[: len(rows_B)])
             return
@@ -341,7 +346,7 @@ def _forward(x_TD, weights_TK, pairs, base, scales, keep, *factors):  # type: ig
     ]
     adapters = Adapter.all(factors, scales, projected)
     weights_P = weights_TK.reshape(-1)[pairs.order_P]
-    kept_PJ = x_TD.new_empty(len(weights_P), 2 * inner) if keep else None
+    kept_PJ = x_TD.new_empty(pairs.count, 2 * inner) if keep else None
     y_TD = torch.zeros_like(x_TD)
     for block in pairs.blocks:
         x_BD = pairs.rows_of(x_TD, block)
@@ -385,7 +390,7 @@ class _RoutedMLP(torch.autograd.Function):
         inner = down_EDI.shape[2]
         weights_P = weights_TK.reshape(-1)[pairs.order_P]
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[0] else None
-        dweights_P = torch.empty_like(weights_P)
+        dweights_P = torch.zeros_like(weights_P)
         for block in pairs.blocks:
             here = slice(block.start, block.stop)
             gate_BI, up_BI = y_PJ[here, :inner], y_PJ[here, inner:]
@@ -433,6 +438,9 @@ class RoutedExperts(nn.Module):
     Args:
         gate_up: `[E, 2 I, D]`, the gate projection before the up projection.
         down: `[E, D, I]`.
+
+    Attributes:
+        first: which of the layer's experts is the first here.
     """
 
     def __init__(
@@ -440,6 +448,7 @@ class RoutedExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj = gate_up, down
+        self.name, self.first = name, 0
         self.names = [f"{name}.{projection}" for projection in (GATE, UP, DOWN)]
         self.context = context
 
@@ -452,8 +461,20 @@ class RoutedExperts(nn.Module):
         return [(f"{expert}.{GATE}.weight", gate), (f"{expert}.{UP}.weight", up)]
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        spans = [s for s in self.context.spans if self.names[0] in s.adapter.weights]
-        factors = [f for s in spans for name in self.names for f in s.adapter.weights[name]]
+        return self.computed(x_TD, ids_TK, weights_TK, self.context.spans)
+
+    def used(self, factor: Tensor) -> Tensor:
+        """What of an adapter's A or B these experts compute with."""
+        return factor
+
+    def computed(
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, spans: Sequence[Span]
+    ) -> Tensor:
+        """Of the experts that are here, of which `ids_TK` counts from 0; those beyond give nothing."""
+        spans = [s for s in spans if self.names[0] in s.adapter.weights]
+        factors = [
+            self.used(f) for s in spans for name in self.names for f in s.adapter.weights[name]
+        ]
         base = (self.gate_up_proj, self.down_proj)
         bounds = [(span.start, span.stop) for span in spans]
         pairs = Pairs.of(ids_TK, len(self.down_proj), bounds, _grouped(x_TD, base))

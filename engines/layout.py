@@ -21,7 +21,7 @@ class Layout:
         context: ranks that compute one part together by its rows: every token is one's, and its keys and
             values all others'.
         expert: ranks that a mixture's experts are spread over. They are found among the data x shard
-            ranks, which it divides: it adds none. (Not there yet: `check` refuses it.)
+            ranks, which it divides: it adds none.
     """
 
     data: int = 1
@@ -96,8 +96,12 @@ class Layout:
         experts = getattr(config, "num_experts", None)
         if self.expert > 1 and not experts:
             raise InvalidInput(f"layout {self}: the model ({config.model_type}) has no experts")
-        if experts and max(self.expert, self.together) > 1:
+        if experts and experts % self.expert:
             raise InvalidInput(
-                f"layout {self}: a mixture of experts ({config.model_type}) is cut by data and shard "
-                "only, so far"
+                f"layout {self}: expert={self.expert} does not divide the model's {experts} experts"
+            )
+        if experts and self.together > 1:
+            raise InvalidInput(
+                f"layout {self}: a mixture of experts ({config.model_type}) is cut by data, shard and "
+                "expert only, so far"
             )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -70,11 +70,13 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Per work of a pass its result, or what its loss function raised; and the seconds it took."""
+    """Per work of a pass its result, or what its loss function raised; the seconds it took; `beside`: see
+    `run_pass`."""
 
     results: list[Result | InvalidInput]
     forward_s: float
     backward_s: float
+    beside: list[Tensor] = field(default_factory=list)
 
     def to(self, device: torch.device) -> Outcome:
         moved = [r.to(device) if isinstance(r, Result) else r for r in self.results]
@@ -112,22 +114,34 @@ def run_pass(
     checkpointing: bool = False,
     *,
     backward: bool | None = None,
+    group: Sequence[Sequence[Work]] = (),
 ) -> Outcome:
     """Compute all `works` (either all `backward` or none) in one pass; without works, which only a
-    backbone in lockstep is given, `backward` says which."""
+    backbone in lockstep is given, `backward` says which. `group`: where experts are spread, the works of
+    all ranks that have them together; the outcome's `beside` are then the flat gradients, of this rank's
+    experts, of the other ranks' works in order."""
     with frugal(checkpointing):
         return _run_pass(
-            backbone, works, checkpointing, works[0].backward if backward is None else backward
+            backbone,
+            works,
+            checkpointing,
+            works[0].backward if backward is None else backward,
+            group,
         )
 
 
 def _run_pass(
-    backbone: Backbone, works: Sequence[Work], checkpointing: bool, backward: bool
+    backbone: Backbone,
+    works: Sequence[Work],
+    checkpointing: bool,
+    backward: bool,
+    group: Sequence[Sequence[Work]],
 ) -> Outcome:
     started = time.perf_counter()
     device = backbone.device
     leaves = [_leaves(work) for work in works]
     bounds = np.cumsum([0, *(len(work.unit.pack.tokens) for work in works)]).tolist()
+    beside = _spread(backbone, group, leaves) if backbone.spread is not None else []
     losses: list[Tensor | InvalidInput] = []
     logprobs: list[Tensor] = []
     with torch.set_grad_enabled(backward), record_function("forward"):
@@ -148,8 +162,9 @@ def _run_pass(
     forwarded = time.perf_counter()
     with record_function("backward"):
         grads: list[Tensor | None] = [None] * len(works)
+        given: list[Tensor] = []
         if backward:
-            grads = _gradients(backbone, hidden_TD, works, leaves, losses)
+            grads, given = _gradients(backbone, hidden_TD, works, leaves, losses, beside)
         _wait_for(device)
     results: list[Result | InvalidInput] = [
         loss
@@ -157,7 +172,29 @@ def _run_pass(
         else Result(float(loss.detach()), p_M.detach().cpu().numpy(), grad, load)
         for loss, p_M, grad, load in zip(losses, logprobs, grads, loads, strict=True)
     ]
-    return Outcome(results, forwarded - started, time.perf_counter() - forwarded)
+    return Outcome(results, forwarded - started, time.perf_counter() - forwarded, given)
+
+
+def _spread(
+    backbone: Backbone, group: Sequence[Sequence[Work]], own: Sequence[Leaves]
+) -> list[Leaves]:
+    """Tell spread experts of all ranks' rows; the adapters of the other ranks' works, as leaves."""
+    spread, beside, start = backbone.spread, [], 0
+    assert spread is not None
+    spread.sizes, spans = [], []
+    for rank, works in enumerate(group):
+        stop = start
+        for index, work in enumerate(works):
+            factors = own[index] if rank == spread.rank else _leaves(work)
+            if rank != spread.rank:
+                beside.append(factors)
+            rows = len(work.unit.pack.tokens)
+            spans.append(Span(stop, stop + rows, Adapter(work.layout, factors)))
+            stop += rows
+        spread.sizes.append(max(stop - start, MIN_ROWS))
+        start += spread.sizes[-1]
+    spread.spans = spans
+    return beside
 
 
 def pass_shape(units: Sequence[Unit]) -> PassShape:
@@ -264,8 +301,9 @@ def _gradients(
     works: Sequence[Work],
     leaves: Sequence[Leaves],
     losses: Sequence[Tensor | InvalidInput],
-) -> list[Tensor | None]:
-    """Per work its flat gradient, by one backward pass through all."""
+    beside: Sequence[Leaves],
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Per work its flat gradient, and of those beside, by one backward pass through all."""
     taking = [
         index
         for index, (work, loss) in enumerate(zip(works, losses, strict=True))
@@ -275,7 +313,8 @@ def _gradients(
     factors = [[leaf for pair in leaves[i].values() for leaf in pair] for i in taking]
     ends: list[Tensor] = []
     seeds: list[Tensor | None] = []
-    wanted = [leaf for own in factors for leaf in own]
+    others = [[leaf for pair in own.values() for leaf in pair] for own in beside]
+    wanted = [leaf for own in (*factors, *others) for leaf in own]
     if taking:
         ends.append(
             torch.stack([loss for i in taking if isinstance(loss := losses[i], Tensor)]).sum()
@@ -286,10 +325,10 @@ def _gradients(
         seeds.append(torch.zeros_like(hidden_TD))
         wanted.append(backbone.bottom)
     if not ends:
-        return grads
+        return grads, []
     # A rank's share of the targets may leave an adapter of the output layer out.
     parts = iter(torch.autograd.grad(ends, wanted, seeds, materialize_grads=backbone.lockstep))
     for index, own in zip(taking, factors, strict=True):
         # The flat buffer holds A and B of each target in just this order.
         grads[index] = torch.cat([next(parts).reshape(-1) for _ in own])
-    return grads
+    return grads, [torch.cat([next(parts).reshape(-1) for _ in own]) for own in others]

@@ -220,7 +220,8 @@ class Planner:
             if devices % (context * tensor * shard):
                 continue
             data = devices // (context * tensor * shard)
-            layout = Layout(data, shard, tensor, context=context)
+            spread = shard if self.num_experts and self.num_experts % shard == 0 else 1
+            layout = Layout(data, shard, tensor, spread, context)
             try:
                 layout.check(self.config)
             except InvalidInput:

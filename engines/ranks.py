@@ -37,6 +37,7 @@ class Ranks:
         place: its place among those that compute it, of which it is one of
         context_rank: by rows, and
         tensor_rank: by products.
+        expert_rank: its place among those that have a mixture's experts together.
         control: a group for what is said between passes, on the CPU.
     """
 
@@ -60,6 +61,11 @@ class Ranks:
         self.context, self.tensor = self.mesh.get_group("context"), self.mesh.get_group("tensor")
         starts = range(0, layout.world, layout.together)
         members = [list(range(start, start + layout.together)) for start in starts]
+        blocks = [list(range(s, s + layout.expert)) for s in range(0, layout.world, layout.expert)]
+        self.expert_rank = rank % layout.expert
+        self.experts = [dist.new_group(ranks, timeout=PASS) for ranks in blocks][
+            rank // layout.expert
+        ]
         self.together = [dist.new_group(ranks, timeout=PASS) for ranks in members][self.part]
 
     def tell(self, message: Any = None) -> Any:

@@ -30,6 +30,7 @@ from .memory import GATHERED_LAYERS
 from .quantized import PackedWeight
 from .ranks import Ranks
 from .sharded_weights import WeightFiles, materialize, skeleton
+from .spread_experts import Spread, SpreadExperts
 from .target_logprobs import UnembedSpan
 from .tensor_parallel import (
     ColumnParallel,
@@ -60,7 +61,7 @@ class ShardedBackbone(Backbone):
         copies: Path | None = None,
     ) -> None:
         self.ranks, self.asked, self.copies = ranks, weights, copies
-        self.cut = ranks.layout.shard * ranks.layout.tensor > 1
+        self.cut = max(ranks.layout.shard, ranks.layout.tensor, ranks.layout.expert) > 1
         if self.cut and weights in QUANTIZED:
             raise InvalidInput(
                 f"base_weights={weights!r} cannot be cut over ranks (layout {ranks.layout}): take "
@@ -98,6 +99,8 @@ class ShardedBackbone(Backbone):
         if not self.cut:
             super()._place()
             return
+        if self.ranks.layout.expert > 1:
+            self._spread_experts()
         columns = {n.rpartition(".")[0] for n, style in self.styles.items() if style == "colwise"}
         for name in columns:
             copy_inputs(self.model.get_submodule(name), self.ranks)
@@ -106,11 +109,28 @@ class ShardedBackbone(Backbone):
         materialize(self.model, self.device)
         self._read()
 
+    def _spread_experts(self) -> None:
+        ranks = self.ranks
+        self.spread = Spread(ranks.experts, ranks.expert_rank, ranks.layout.expert)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, RoutedExperts):
+                parent, _, leaf = name.rpartition(".")
+                experts = SpreadExperts(module, self.spread)
+                setattr(self.model.get_submodule(parent), leaf, experts)
+
     def _shard_layers(self) -> None:
-        sizes = [sum(p.nbytes for p in layer.parameters()) for layer in self.layers]
+        spread = {
+            parameter
+            for module in self.model.modules()
+            if isinstance(module, SpreadExperts)
+            for parameter in module.parameters()
+        }
+        sizes = [sum(p.nbytes for p in set(layer.parameters()) - spread) for layer in self.layers]
         self.gathered_bytes = GATHERED_LAYERS * max(sizes)
         for layer in self.layers:
-            fully_shard(layer, mesh=self.ranks.shard, reshard_after_forward=True)
+            fully_shard(
+                layer, mesh=self.ranks.shard, reshard_after_forward=True, ignored_params=spread
+            )
         decoder = self.model.get_submodule("model")
         outside = {p for p in self.model.parameters() if not isinstance(p, DTensor)}
         fully_shard(decoder, mesh=self.ranks.shard, ignored_params=outside)
@@ -138,7 +158,8 @@ class ShardedBackbone(Backbone):
             if not own.numel():
                 continue
             if isinstance(layer, RoutedExperts):
-                for expert, matrix in zip(range(rows.start, rows.stop), own, strict=True):
+                for row, matrix in zip(range(rows.start, rows.stop), own, strict=True):
+                    expert = layer.first + row
                     for stored, own_part in layer.stored(leaf, expert, matrix):
                         files.read_into(own_part, f"{module}.{stored}", ())
             else:

@@ -68,18 +68,38 @@ def _compute(
     by adapter their sum."""
     for values in params:
         ranks.share_out(values)
-    works = [
-        Work(i.unit, order.layouts[i.adapter], params[i.adapter], i.loss, i.config, order.backward)
-        for i in order.parts[ranks.part]
+    # The parts of the ranks that this one has experts together with.
+    first = ranks.part - ranks.expert_rank
+    parts = order.parts[first : first + ranks.layout.expert]
+    group = [
+        [
+            Work(
+                i.unit,
+                order.layouts[i.adapter],
+                params[i.adapter],
+                i.loss,
+                i.config,
+                order.backward,
+            )
+            for i in part
+        ]
+        for part in parts
     ]
-    outcome = run_pass(backbone, works, order.checkpointing, backward=order.backward)
+    works = group[ranks.expert_rank]
+    outcome = run_pass(backbone, works, order.checkpointing, backward=order.backward, group=group)
     grads: list[Tensor] = []
     if order.backward:
         own: dict[int, Tensor] = {}
-        for item, result in zip(order.parts[ranks.part], outcome.results, strict=True):
-            if isinstance(result, Result) and result.grad is not None:
-                before = own.get(item.adapter)
-                own[item.adapter] = result.grad if before is None else before.add_(result.grad)
+        given: list[tuple[_Item, Tensor]] = [
+            (item, result.grad)
+            for item, result in zip(order.parts[ranks.part], outcome.results, strict=True)
+            if isinstance(result, Result) and result.grad is not None
+        ]
+        others = [i for rank, part in enumerate(parts) if rank != ranks.expert_rank for i in part]
+        given += zip(others, outcome.beside, strict=True)
+        for item, term in given:
+            before = own.get(item.adapter)
+            own[item.adapter] = term if before is None else before.add_(term)
         for index, values in enumerate(params):
             grad = own.pop(index, None)
             grads.append(ranks.add_up(torch.zeros_like(values) if grad is None else grad))
@@ -96,7 +116,7 @@ def _told(outcome: Outcome) -> Outcome:
         replace(r, grad=None if r.grad is None else mark) if isinstance(r, Result) else r
         for r in outcome.results
     ]
-    return replace(outcome, results=results)
+    return replace(outcome, results=results, beside=[])
 
 
 class Leader:

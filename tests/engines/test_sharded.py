@@ -24,9 +24,16 @@ LAYOUTS = [
     "tensor=2",
     "context=2",
     "shard=2,tensor=2",
+    "shard=2,expert=2",
     *(
         pytest.param(layout, marks=pytest.mark.slow)
-        for layout in ("data=2,shard=2", "shard=2,context=2", "tensor=2,context=2")
+        for layout in (
+            "data=2,shard=2",
+            "shard=2,context=2",
+            "tensor=2,context=2",
+            "data=2,shard=2,expert=2",
+            "data=2,shard=2,expert=4",
+        )
     ),
 ]
 # Runs that train different layers, some of them none of the decoder's.
@@ -141,8 +148,11 @@ def all_paths(tiny_llama, tiny_qwen2, tiny_qwen3, tiny_moe) -> list[str]:
 
 @pytest.fixture(scope="module")
 def paths(layout, all_paths) -> list[str]:
-    """Mixtures of experts are cut by data and shard only."""
-    return all_paths[: 3 if Layout.parse(layout).together > 1 else 4]
+    """Not every layout is for mixtures of experts, and some are for them alone."""
+    parsed = Layout.parse(layout)
+    if parsed.expert > 1:
+        return all_paths[3:]
+    return all_paths[: 3 if parsed.together > 1 else 4]
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +165,8 @@ def all_whole(all_paths) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(all_whole, paths) -> list[dict]:
-    return all_whole[: len(paths)]
+def whole(all_whole, all_paths, paths) -> list[dict]:
+    return [all_whole[all_paths.index(path)] for path in paths]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
