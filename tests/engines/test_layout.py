@@ -46,7 +46,9 @@ def test_a_layout_that_a_model_cannot_have_is_refused():
         Layout(tensor=4).check(LLAMA)
     with pytest.raises(InvalidInput, match=r"the model \(llama\) has no experts"):
         Layout(data=2, expert=2).check(LLAMA)
-    Layout(data=2, shard=4).check(MIXTURE)
-    for layout in (Layout(data=4, expert=4), Layout(tensor=2), Layout(context=2)):
-        with pytest.raises(InvalidInput, match="is cut by data and shard only, so far"):
+    Layout(data=2, shard=4, expert=4).check(MIXTURE)
+    with pytest.raises(InvalidInput, match="expert=3 does not divide the model's 16 experts"):
+        Layout(data=3, expert=3).check(MIXTURE)
+    for layout in (Layout(tensor=2), Layout(context=2)):
+        with pytest.raises(InvalidInput, match="is cut by data, shard and expert only, so far"):
             layout.check(MIXTURE)

@@ -61,12 +61,14 @@ def test_copies_come_before_shards_and_shards_before_cut_products():
     assert long.choose(32).layout.tensor > 1
 
 
-def test_a_mixture_is_cut_by_layers_alone():
+def test_experts_are_spread_over_the_ranks_that_share_a_copy():
     mixture = planner("Qwen3-235B-A22B", experts="shared")
     chosen = mixture.choose(16)
     assert chosen.fits
-    assert chosen.layout == Layout(shard=16)
-    assert chosen.gathered == pytest.approx(2 * 2 * 235e9 / 94, rel=0.02)  # a layer, twice
+    assert chosen.layout.expert == chosen.layout.shard > 1
+    assert chosen.gathered < 8 * GB  # a layer without its experts, twice
+    whole = mixture.estimate(Layout(shard=16))
+    assert whole.gathered == pytest.approx(2 * 2 * 235e9 / 94, rel=0.02)  # a layer, twice
 
 
 def test_a_layout_asked_for_is_counted_or_refused():
@@ -80,8 +82,8 @@ def test_a_layout_asked_for_is_counted_or_refused():
 
 def test_what_does_not_fit_comes_with_what_would():
     assert planner("Llama-3.1-70B").remedy(1) == "4 do, as shard=4"
-    mixture, shared = planner("Qwen3-235B-A22B"), "16 with adapters that a layer's experts share"
-    assert mixture.remedy(1) == mixture.remedy(8) == f"{shared}, as shard=16"
+    mixture, shared = planner("Qwen3-235B-A22B"), "8 with adapters that a layer's experts share"
+    assert mixture.remedy(1) == mixture.remedy(8) == f"{shared}, as shard=8,expert=8"
     assert "take a lower rank" in planner("Qwen3-8B", rank=20000).remedy(1)
 
 
@@ -173,13 +175,13 @@ def test_the_command_prints_a_table_or_json():
     shown = runner.invoke(app, command, env={"COLUMNS": "160"})
     assert shown.exit_code == 0, shown.output
     assert "Qwen3-30B-A3B: 30.5 B parameters in bf16" in shown.output
-    assert "1 GPU does not do: 4 do, as shard=4; 1 with adapters that" in shown.output
+    assert "1 GPU does not do: 2 do, as shard=2,expert=2; 1 with adapters that" in shown.output
     told = runner.invoke(app, [*command, "--json"])
     first, second = map(json.loads, told.output.splitlines())
     assert (first["fits"], second["fits"], second["layout"]) == (
         False,
         True,
-        "data=4,shard=4",
+        "data=8,shard=2,expert=2",
     )
     refused = runner.invoke(app, ["plan", "Qwen3-8B", "--gpus", "4", "--layout", "shard=2"])
     assert "layout shard=2 is for 2 GPUs, not 4" in refused.output
