@@ -74,6 +74,7 @@ def connect(
     layout: str | None = None,
     samplers: int | Replicas = 1,
     placement: Placement | None = None,
+    trace_file: str | Path | None = None,
     verbose: bool = False,
 ) -> Connection:
     """Open the service: `service = await tinsmith.connect()`.
@@ -104,12 +105,14 @@ def connect(
         samplers: how many a base model has: a number, or `Replicas` for as many as it takes.
         placement: what learners, samplers and environment workers reserve of the cluster
             (default: GPUs, where there are any).
+        trace_file: append spans of every operation to this file, a JSON object per line, from all
+            processes (default: `$TINSMITH_TRACE_FILE`, if any; see `docs/observability.md`).
         verbose: show the actors' own output.
 
     Raises:
         InvalidInput: a setting is not one of its values, or two do not go together.
-        Unavailable: no cluster answers at `address`; vLLM, or a quantised base, is asked for and
-            not installed.
+        Unavailable: no cluster answers at `address`; vLLM, a quantised base, or traces are asked
+            for and what they need is not installed.
     """
     if address is not None and address != "auto" and not _ADDRESS.fullmatch(address):
         raise InvalidInput(
@@ -127,6 +130,7 @@ def connect(
     options = dict(
         num_cpus=num_cpus,
         verbose=verbose,
+        trace_file=None if trace_file is None else str(Path(trace_file).expanduser().absolute()),
         actor=dict(
             learner_threads=learner_threads,
             sampler_threads=sampler_threads,
@@ -148,9 +152,12 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    from . import telemetry
     from .controller import Controller
     from .handle import RayHandle, leave_cluster
 
+    told = telemetry.passed_on(options["trace_file"])
+    telemetry.trace("client", told.get(telemetry.TRACE_FILE))
     ours = not ray.is_initialized()
     if ours:
         _join_ray(address, options)
@@ -163,6 +170,7 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
             get_if_exists=True,
             lifetime=None if local else "detached",
             num_cpus=0,
+            runtime_env={"env_vars": told} if told else None,  # and of all that it starts
         )
         .remote(home, **options["actor"])
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
+from prometheus_client.metrics_core import Metric
 
 from ..algorithms.losses import loss_names
 from ..engines import models
@@ -29,6 +30,7 @@ from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath, check_name
 from ..primitives.types import (
     Checkpoint,
+    Crash,
     LoraConfig,
     PolicyRef,
     ServerCapabilities,
@@ -37,10 +39,13 @@ from ..primitives.types import (
 )
 from ..primitives.validation import check_ttl
 from .archive import adapter_files
+from .controller_watch import ControllerWatch, Reports, left_behind, service_metrics
+from .deaths import Deaths
 from .env_worker import EnvWorker
 from .handle import MAX_WAITING_CALLS, RayHandle
 from .learner import Learner, parked_folder
 from .learner_helper import LearnerHelper
+from .observed import Observed
 from .placement import Placement, Plan, Seat, plan
 from .registry import Registry
 from .reservation import Reservation
@@ -61,7 +66,7 @@ class Place:
     layout: Layout
 
 
-class Controller:
+class Controller(Observed):
     def __init__(
         self,
         home: str,
@@ -77,6 +82,9 @@ class Controller:
         reorder_sampler_weights: bool = False,
         layout: Layout | Literal["auto"] | None = None,
     ) -> None:
+        self.observe("controller")
+        self.watch = ControllerWatch(self.meters)
+        self.deaths = Deaths(self.crashed)
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
         self.storage = Storage(home)
@@ -106,6 +114,8 @@ class Controller:
     async def ping(self) -> str:
         if self.expiry is None:
             self.expiry = asyncio.create_task(self._keep_deleting_expired())
+            for crash in await asyncio.to_thread(left_behind, self.home):
+                await self.crashed(crash)
         return self.home
 
     # ---- starting actors ----
@@ -204,8 +214,9 @@ class Controller:
                     place.layout,
                 )
             )
-            handle = RayHandle(actor, "learner")
+            handle = RayHandle(actor, "learner", self.home)
             await Op(handle.call("start"))
+            self.deaths.watch(handle)
             return handle
 
         return await self._running("learner", path, start)
@@ -261,6 +272,7 @@ class Controller:
 
     async def sampler_handle(self, base_model: str) -> RayHandle:
         name, path = await self._model(base_model)
+        crashed = Reports(RayHandle(ray.get_runtime_context().current_actor, "controller"))
 
         async def start() -> RayHandle:
             place = await self._place(name, path)
@@ -273,13 +285,16 @@ class Controller:
                 weights=self.base_weights,
                 copies=models.copies_folder(self.home),
                 reorder=self.reorder_sampler_weights,
+                home=self.home,
             )
             actor = (
                 ray.remote(SamplerPool)
                 .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS)
-                .remote(name, sampler, self.replicas, place.plan, place.reservation)
+                .remote(name, sampler, self.replicas, place.plan, place.reservation, crashed)
             )
-            return RayHandle(actor, "sampler")
+            handle = RayHandle(actor, "sampler", self.home)
+            self.deaths.watch(handle)
+            return handle
 
         return await self._running("sampler", path, start)
 
@@ -494,6 +509,28 @@ class Controller:
 
     def _forget_open_runs(self, path: str) -> None:
         self.open_runs = {run: where for run, where in self.open_runs.items() if where != path}
+
+    # ---- what is told of the service ----
+
+    async def crashed(self, crash: Crash) -> None:
+        """A process died: keep it, count it, log it."""
+        self.registry.add_crash(crash)
+        self.watch.crashed(crash)
+
+    async def metrics(self) -> list[Metric]:
+        """Of all processes of the service that answer; families that Prometheus's library renders."""
+        names = {path: name for name, path in self.models.values()}
+        learners, pools = (
+            {
+                names[path]: task.result()
+                for (kind, path), task in self.started.items()
+                if kind == wanted and task.done() and not task.cancelled() and not task.exception()
+            }
+            for wanted in ("learner", "sampler")
+        )
+        workers = [worker for together, _ in self.env_workers_running for worker in together]
+        own = self.watch.collect(self.registry)
+        return await service_metrics(own, learners, pools, workers)
 
     async def list_runs(self) -> list[TrainingRun]:
         return self.registry.runs()

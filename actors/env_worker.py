@@ -14,15 +14,19 @@ from ..envs.renderer import ChatRenderer
 from ..primitives.client import SamplingClient
 from ..primitives.errors import OpCancelled
 from ..primitives.types import Match, Trajectory
+from .episode_watch import EpisodeWatch
+from .observed import Observed
 
 T = TypeVar("T")
 
 
-class EnvWorker:
+class EnvWorker(Observed):
     """Plays up to `max_concurrent` episodes at once; more wait. `model_path` is the model of
     policies that do not know their own."""
 
     def __init__(self, model_path: str, *, max_concurrent: int = 64) -> None:
+        self.observe("environment worker")
+        self.watch = EpisodeWatch(self.meters)
         self.model_path = model_path
         self.pool = EnvPool(max_concurrent)
         self.renderers: dict[str, asyncio.Future[ChatRenderer]] = {}
@@ -53,12 +57,13 @@ class EnvWorker:
 
     async def _until_withdrawn(self, name: str, env: str, work: Coroutine[Any, Any, T]) -> T:
         task = self.playing[name] = asyncio.create_task(work)
-        try:
-            return await task
-        except asyncio.CancelledError:
-            raise OpCancelled(f"an episode of {env!r} was withdrawn") from None
-        finally:
-            del self.playing[name]
+        with self.watch.episode(env):
+            try:
+                return await task
+            except asyncio.CancelledError:
+                raise OpCancelled(f"an episode of {env!r} was withdrawn") from None
+            finally:
+                del self.playing[name]
 
     async def _renderer(self, policy: SamplingClient) -> ChatRenderer:
         path = policy.model_path if isinstance(policy, SamplingClient) else self.model_path

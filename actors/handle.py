@@ -19,6 +19,7 @@ from ray.exceptions import (
 
 from ..primitives.errors import OpCancelled, TinsmithError, Unavailable
 from ..primitives.op import failed
+from .notes import notes_path, was_doing
 
 # Waiting operations are coroutines of the actor: let hundreds of clients keep hundreds each.
 MAX_WAITING_CALLS = 100_000
@@ -27,8 +28,8 @@ _pending: set[Future[Any]] = set()
 _END = object()
 
 
-def typed_error(error: BaseException, actor: str) -> BaseException:
-    """The error of `errors.py` behind an error of Ray's."""
+def typed_error(error: BaseException, actor: str, was_doing: str = "") -> BaseException:
+    """The error of `errors.py` behind an error of Ray's; `was_doing` is told if the actor died."""
     if isinstance(error, RayTaskError):
         cause = error.cause
         if isinstance(cause, TinsmithError):
@@ -37,7 +38,7 @@ def typed_error(error: BaseException, actor: str) -> BaseException:
     if isinstance(error, TaskCancelledError):
         return OpCancelled(f"a call to the {actor} was cancelled")
     if isinstance(error, ActorDiedError | ActorUnavailableError | RayActorError):
-        return Unavailable(f"the {actor} actor is gone: {error}")
+        return Unavailable(f"the {actor} actor is gone{was_doing}: {error}")
     return error
 
 
@@ -55,11 +56,16 @@ def _fail_pending() -> None:
 
 
 class RayHandle:
-    """Submits calls to one actor. Picklable."""
+    """Submits calls to one actor. Picklable. `home`: where the actor leaves its notes."""
 
-    def __init__(self, actor: Any, name: str) -> None:
+    def __init__(self, actor: Any, name: str, home: str | None = None) -> None:
         self.actor = actor
         self.name = name
+        self.notes = None if home is None else notes_path(home, actor._actor_id.hex())
+
+    def _error(self, error: BaseException, args: tuple[Any, ...]) -> BaseException:
+        died = isinstance(error, RayActorError)
+        return typed_error(error, self.name, was_doing(self.notes, _run(args)) if died else "")
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
         if not ray.is_initialized():
@@ -72,7 +78,7 @@ class RayHandle:
             error = done.exception()
             with contextlib.suppress(InvalidStateError):  # the service was closed meanwhile
                 if error is not None:
-                    target.set_exception(typed_error(error, self.name))
+                    target.set_exception(self._error(error, args))
                 else:
                     target.set_result(done.result())
 
@@ -102,7 +108,7 @@ class RayHandle:
                 yield item
         except (RayTaskError, RayActorError) as error:
             finished = True
-            raise typed_error(error, self.name) from None
+            raise self._error(error, args) from None
         finally:
             _pending.discard(closed)
             if following is not None:
@@ -112,6 +118,14 @@ class RayHandle:
 
     def __repr__(self) -> str:
         return f"RayHandle({self.name})"
+
+
+def _run(args: tuple[Any, ...]) -> str | None:
+    """Whose call it is."""
+    first = args[0] if args else None
+    return (
+        first if isinstance(first, str) else getattr(getattr(first, "policy", None), "run_id", None)
+    )
 
 
 async def _next(generator: Any) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from prometheus_client.metrics_core import Metric
 
 from ..engines import adapter_files
 from ..engines.backbone import Backbone
@@ -52,6 +53,8 @@ from ..primitives.types import (
     TrainingInfo,
 )
 from ..primitives.validation import check_ttl
+from .learner_watch import LearnerWatch
+from .observed import Observed, own_notes
 from .storage import MANIFEST, Storage
 from .threads import engine_device, set_engine_threads
 
@@ -87,7 +90,7 @@ class RunLog:
     results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
 
 
-class Learner:
+class Learner(Observed):
     """Trains the LoRA runs of one base model. Wrapped by the controller with `ray.remote`."""
 
     def __init__(
@@ -102,6 +105,9 @@ class Learner:
         weights: BaseWeights = "auto",
         layout: Layout | None = None,
     ) -> None:
+        self.observe("learner")
+        notes = own_notes(storage_root, f"learner of {base_model}")
+        self.watch = LearnerWatch(self.meters, notes, self._batch_under_way)
         self.base_model = base_model
         self.model_path = model_path
         self.run_bytes = run_bytes
@@ -161,6 +167,15 @@ class Learner:
             group=group,
             folder=None if "://" in self.storage.root else Path(self.storage.root, "idle"),
         )
+        self.engine.watcher = self.watch
+
+    def _batch_under_way(self, number: int) -> asyncio.Future[Any]:
+        entry = self.batches[number].under_way
+        assert entry is not None
+        return entry.future
+
+    async def metrics(self) -> list[Metric]:
+        return self.watch.collect(getattr(self, "engine", None))
 
     def _engage_helpers(self) -> None:
         """Ask for those that are not there."""
@@ -284,6 +299,7 @@ class Learner:
             if not entry.future.done():
                 entry.future.set_exception(NotFound(f"run {run_id} was closed"))
         await self._in_engine(self.engine.drop_run, run_id)
+        self.watch.forget(run_id)
         async with log.publishing:  # what is on its way to the sampler arrives before it is dropped
             if self.sampler is not None:
                 with contextlib.suppress(Unavailable):  # a dead one holds nothing
@@ -295,8 +311,11 @@ class Learner:
 
     # ---- the log ----
 
-    async def submit(self, run_id: str, seq_id: int, kind: str, args: dict[str, Any]) -> Any:
-        """Append operation `seq_id` to a run's log and wait for its result."""
+    async def submit(
+        self, run_id: str, seq_id: int, kind: str, args: dict[str, Any], trace: str | None = None
+    ) -> Any:
+        """Append operation `seq_id` to a run's log and wait for its result. `trace`: the `traceparent`
+        of who sent it."""
         log = self._log(run_id)
         future = log.results.get(seq_id)
         if future is None:
@@ -306,6 +325,7 @@ class Learner:
                     f"its result is no longer kept (next is {log.next_seq_id})"
                 )
             future = self._append(log, seq_id, kind, args)
+            self.watch.accepted(run_id, seq_id, kind, args, future, trace)
         return await asyncio.shield(future)
 
     def _append(
@@ -379,6 +399,8 @@ class Learner:
         heads = [(log, entry) for log, entry in heads if entry.kind != "skip"]
         if any(entry.kind == "load_state" for _, entry in heads):
             await self._settle_writes()
+        for log, entry in heads:
+            self.watch.began(log.run_id, entry.kind, entry.future)
         outcomes = await self._in_engine(self._apply_all, heads)
         for (log, entry), outcome in zip(heads, outcomes, strict=True):
             if isinstance(outcome, Exception):

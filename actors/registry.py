@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..primitives.errors import NotFound
-from ..primitives.types import Checkpoint, LoraConfig, TrainingRun
+from ..primitives.types import Checkpoint, Crash, Interrupted, LoraConfig, TrainingRun
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -21,7 +22,11 @@ CREATE TABLE IF NOT EXISTS checkpoints (
     kind TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, created REAL NOT NULL,
     size_bytes INTEGER NOT NULL, user_metadata TEXT NOT NULL,
     expires REAL, public INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS crashes (
+    time REAL NOT NULL, process TEXT NOT NULL, pid INTEGER NOT NULL, host TEXT NOT NULL,
+    reason TEXT NOT NULL, under_way TEXT NOT NULL);
 """
+CRASHES_KEPT = 1000
 # What came after the first version; added to the files that it wrote.
 ADDED = {"expires": "REAL", "public": "INTEGER NOT NULL DEFAULT 0"}
 
@@ -80,6 +85,9 @@ class Registry:
     def runs(self) -> list[TrainingRun]:
         return [_run(r) for r in self.db.execute("SELECT * FROM runs ORDER BY created DESC")]
 
+    def count_runs(self) -> int:
+        return self.db.execute("SELECT count(*) FROM runs").fetchone()[0]
+
     def delete_run(self, run_id: str) -> None:
         self.run(run_id)
         self.db.execute("DELETE FROM runs WHERE run_id=?", (run_id,))
@@ -125,12 +133,36 @@ class Registry:
     def delete_checkpoint(self, path: str) -> None:
         self.db.execute("DELETE FROM checkpoints WHERE path=?", (path,))
 
+    # Crashes: the newest are kept.
+
+    def add_crash(self, crash: Crash) -> None:
+        row = asdict(crash) | {"under_way": json.dumps([asdict(i) for i in crash.under_way])}
+        names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+        self.db.execute(f"INSERT INTO crashes ({names}) VALUES ({values})", row)
+        self.db.execute(
+            "DELETE FROM crashes WHERE rowid <= (SELECT max(rowid) FROM crashes) - ?",
+            (CRASHES_KEPT,),
+        )
+
+    def crashes(self, run_id: str | None = None, last: int = CRASHES_KEPT) -> list[Crash]:
+        """Newest first; with `run_id`, those under an operation of that run."""
+        rows = self.db.execute("SELECT * FROM crashes ORDER BY rowid DESC")
+        found = (_crash(row) for row in rows)
+        wanted = (c for c in found if run_id is None or any(i.run == run_id for i in c.under_way))
+        return list(itertools.islice(wanted, last))
+
 
 def _run(row: sqlite3.Row) -> TrainingRun:
     fields = dict(row)
     fields["lora"] = LoraConfig(**json.loads(fields["lora"]))
     fields["user_metadata"] = json.loads(fields["user_metadata"])
     return TrainingRun(**fields)
+
+
+def _crash(row: sqlite3.Row) -> Crash:
+    fields = dict(row)
+    fields["under_way"] = [Interrupted(**each) for each in json.loads(fields["under_way"])]
+    return Crash(**fields)
 
 
 def _checkpoint(row: sqlite3.Row) -> Checkpoint:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from prometheus_client.metrics_core import Metric
 
 from ..engines.adapter_files import read_adapter
 from ..engines.backbone import Backbone
@@ -21,11 +22,13 @@ from ..engines.vllm_start import VllmOptions
 from ..primitives.client import load_tokenizer
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 from .engine_thread import EngineThread
+from .observed import Observed, own_notes
+from .sampler_watch import SamplerWatch
 from .threads import engine_device, set_engine_threads
 from .withdrawal import Withdrawable
 
 
-class Sampler(Withdrawable):
+class Sampler(Withdrawable, Observed):
     """Serves one base model and any number of adapters. Wrapped by the controller with
     `ray.remote`.
 
@@ -38,6 +41,7 @@ class Sampler(Withdrawable):
         vllm: sample by vLLM, started so.
         weights, copies: of the torch engine's `Backbone`.
         reorder: of the `SamplerEngine`.
+        home: where its notes for a crash report go (None: nowhere).
     """
 
     def __init__(
@@ -51,8 +55,11 @@ class Sampler(Withdrawable):
         weights: BaseWeights = "auto",
         copies: Path | None = None,
         reorder: bool = False,
+        home: str | None = None,
     ) -> None:
         super().__init__()
+        self.observe("sampler")
+        self.watch = SamplerWatch(self.meters, own_notes(home, f"sampler of {name}"))
         self.name = name
         if vllm is not None:
             self.engine: Any = _vllm_engine(model_path, kv_bytes, vllm)
@@ -60,6 +67,7 @@ class Sampler(Withdrawable):
             set_engine_threads(num_threads)
             backbone = Backbone(model_path, weights, engine_device(), copies=copies)
             self.engine = _torch_engine(backbone, kv_bytes, reorder)
+            self.engine.engine.on_finished = self.watch.finished
 
     async def ping(self) -> str:
         """
@@ -71,14 +79,15 @@ class Sampler(Withdrawable):
 
     async def sample(self, request: SampleRequest, name: str | None = None) -> SampleResponse:
         """`name`, unique among those under way, is what `withdraw` calls the request."""
-        with self.under_way(name):
-            return await self.engine.sample(request)
+        with self.under_way(name), self.watch.serving(request) as watched:
+            return await self.engine.sample(watched)
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[SampledToken]:
         """Tokens as they are drawn; leaving the iterator withdraws the request."""
-        async with aclosing(self.engine.stream(request)) as tokens:
-            async for token in tokens:
-                yield token
+        with self.watch.serving(request) as watched:
+            async with aclosing(self.engine.stream(watched)) as tokens:
+                async for token in tokens:
+                    yield token
 
     async def add_adapter(
         self, run_id: str, version: int, config: LoraConfig, flat: np.ndarray, keep: bool
@@ -101,6 +110,9 @@ class Sampler(Withdrawable):
 
     async def stats(self) -> dict[str, int]:
         return asdict(self.engine.stats)
+
+    async def metrics(self) -> list[Metric]:
+        return self.watch.collect(asdict(self.engine.stats))
 
 
 def _host_kv_bytes() -> int:

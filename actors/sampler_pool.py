@@ -18,18 +18,23 @@ from typing import Any
 
 import numpy as np
 import ray
+from prometheus_client.metrics_core import Metric
 
 from ..engines.adapter_store import AdapterKey, AdapterStore
 from ..engines.vllm_start import VllmOptions
 from ..primitives.errors import Unavailable
 from ..primitives.op import Op
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
+from .deaths import Deaths, Report
+from .gathering import gather
 from .handle import MAX_WAITING_CALLS, RayHandle
+from .observed import Observed, own_notes
 from .placement import Plan, Seat
 from .replica import Change, Replica
 from .reservation import Reservation, has_room
 from .routing import PrefixTable, choose, prefixes
 from .sampler import Sampler
+from .sampler_watch import PoolWatch
 from .scaling import Replicas, Scaler
 from .threads import ENGINE_ENV
 from .withdrawal import Withdrawable
@@ -75,7 +80,7 @@ class Published:
         return Change(self.method, (key.run_id, key.version, self.config, self.stored, *rest))
 
 
-class SamplerPool(Withdrawable):
+class SamplerPool(Withdrawable, Observed):
     """Wrapped by the controller with `ray.remote`.
 
     Args:
@@ -83,6 +88,7 @@ class SamplerPool(Withdrawable):
         sampler: arguments of each `Sampler`.
         replicas: how many there are.
         plan, reservation: where they go.
+        crashed: is told of samplers that die.
     """
 
     def __init__(
@@ -92,13 +98,18 @@ class SamplerPool(Withdrawable):
         replicas: Replicas,
         plan: Plan,
         reservation: Reservation,
+        crashed: Report,
     ) -> None:
         super().__init__()
+        self.observe("sampler pool")
+        self.notes = own_notes(sampler["home"], f"sampler pool of {name}")
+        self.deaths = Deaths(crashed)
         self.name, self.sampler_args, self.limits = name, sampler, replicas
         self.plan, self.reservation = plan, reservation
         self.replicas: list[Replica] = []
         self.starting: dict[asyncio.Task[None], Seat] = {}
         self.adapters: AdapterStore[Published] = AdapterStore()
+        self.watch = PoolWatch(self.meters, self.adapters)
         self.prefixes = PrefixTable()
         self.scaler = Scaler(replicas)
         self._using: Counter[AdapterKey] = Counter()
@@ -144,9 +155,10 @@ class SamplerPool(Withdrawable):
             )
             .remote(**args)
         )
-        handle = RayHandle(actor, "sampler")
+        handle = RayHandle(actor, "sampler", self.sampler_args["home"])
         try:
             await Op(handle.call("ping"))
+            self.deaths.watch(handle)
             held = [published.change(key, keep) for key, published, keep in self.adapters.held()]
             replica = Replica(next(self._numbers), handle, seat, deque(held))
             self.replicas.append(replica)
@@ -267,6 +279,7 @@ class SamplerPool(Withdrawable):
     async def drop_run(self, run_id: str) -> None:
         """Forget a run's weights; its requests under way fail."""
         self.adapters.drop_run(run_id)
+        self.meters.forget(run_id)
         self._sweep()
         if self.replicas or self.starting:
             await self._tell(Change("drop_run", (run_id,)))
@@ -281,11 +294,15 @@ class SamplerPool(Withdrawable):
 
     async def sample(self, request: SampleRequest, name: str | None = None) -> SampleResponse:
         """`name`, unique among those under way, is what `withdraw` calls the request."""
-        with self.under_way(name), self._holding(request) as key:
+        with (
+            self.under_way(name),
+            self._holding(request) as key,
+            self.watch.request(request) as served,
+        ):
             for left in self._attempts():
                 replica = await self._chosen(request, key)
                 try:
-                    return await self._sample_on(replica, request, key)
+                    return served.response(await self._sample_on(replica, request, key))
                 except Unavailable:
                     self._lost(replica)
                     if not left:
@@ -295,7 +312,7 @@ class SamplerPool(Withdrawable):
     async def stream(self, request: SampleRequest) -> AsyncIterator[SampledToken]:
         """Tokens as they are drawn; leaving the iterator withdraws the request. One whose sampler
         dies begins again only if it has given nothing yet."""
-        with self._holding(request) as key:
+        with self._holding(request) as key, self.watch.request(request) as served:
             for left in self._attempts():
                 replica, told = await self._chosen(request, key), False
                 try:
@@ -305,6 +322,7 @@ class SamplerPool(Withdrawable):
                         async with aclosing(tokens):  # type: ignore[type-var]
                             async for token in tokens:
                                 told = True
+                                served.drew(token.version)
                                 yield token
                     return
                 except Unavailable:
@@ -368,6 +386,13 @@ class SamplerPool(Withdrawable):
             **{name: min(stats[name] for stats in each) for name in least},
             "replicas": len(self.replicas),
         }
+
+    async def metrics(self) -> list[Metric]:
+        return self.watch.collect()
+
+    async def metrics_of_each(self) -> dict[str, list[Metric]]:
+        """The samplers' own, by name."""
+        return await gather({f"sampler {r.number}": r.handle for r in self.replicas})
 
 
 @contextmanager

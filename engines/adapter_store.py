@@ -104,6 +104,9 @@ class AdapterStore(Generic[A]):
     def holds(self, key: AdapterKey) -> bool:
         return key in self._adapters
 
+    def runs(self) -> list[str]:
+        return list(self._newest)
+
     def newest(self, run_id: str) -> int | None:
         key = self._newest.get(run_id)
         return None if key is None else key.version

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -120,6 +120,20 @@ class Finished:
     error: BaseException | None = None
 
 
+class PassWatcher(Protocol):
+    """Is told of passes, as they are computed; batches are named by their numbers."""
+
+    def pass_begins(self, numbers: Collection[int]) -> None:
+        """These batches have a part in what is computed next."""
+        ...
+
+    def pass_ended(
+        self, rows: Mapping[int, int], began: float, forward_s: float, backward_s: float
+    ) -> None:
+        """A pass of so many rows of each; `began` by `time.perf_counter()`."""
+        ...
+
+
 class LearnerEngine:
     """Not thread-safe: one call at a time.
 
@@ -133,6 +147,7 @@ class LearnerEngine:
 
     Attributes:
         helpers: the others, as they come and go; what is computed does not depend on it.
+        watcher: is told of passes.
     """
 
     def __init__(
@@ -151,6 +166,7 @@ class LearnerEngine:
         self.group = group
         self.learners = learners if group is None else group.parts
         self.helpers: dict[int, PassRunner] = {}
+        self.watcher: PassWatcher | None = None
         self.runs = RunStore(backbone.device, **{"resident_bytes": memory_bytes, **runs})
         self.queue = FairQueue()
         self._numbers = itertools.count()
@@ -313,7 +329,10 @@ class LearnerEngine:
         """Run a pass here and one with each helper, and return the batches that are done (none, if
         all go on)."""
         with ExitStack() as held:
-            self._run(self._choose_passes(held))
+            passes = self._choose_passes(held)
+            if self.watcher is not None:
+                self.watcher.pass_begins({p.task.number for parts in passes for p in parts})
+            self._run(passes)
         finished, self._finished = self._finished, []
         return finished
 
@@ -448,6 +467,11 @@ class LearnerEngine:
 
     def _take_all(self, parts: Sequence[_Part], outcome: Outcome, began: float) -> None:
         rows = sum(part.rows for part in parts)
+        if self.watcher is not None:
+            of_each = Counter[int]()
+            for part in parts:
+                of_each[part.task.number] += part.rows
+            self.watcher.pass_ended(of_each, began, outcome.forward_s, outcome.backward_s)
         for part, result in zip(parts, outcome.results, strict=True):
             part.task.note(part.rows / rows, began, outcome)
             if part.task.failure is None:

@@ -163,6 +163,10 @@ class RunStore:
         """The runs that are not at work, and where they are: "host" or "file"."""
         return {i: place.kind for i, place in self._places.items() if place.kind != "device"}
 
+    def places(self) -> list[tuple[str, str, int, int]]:
+        """Of every run: its id, where it is ("device", "host" or "file"), its bytes there, its version."""
+        return [(i, p.kind, p.nbytes, p.run.version) for i, p in list(self._places.items())]
+
     def _used(self, kind: str) -> int:
         return sum(place.nbytes for place in self._places.values() if place.kind == kind)
 

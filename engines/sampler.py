@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,17 @@ class _Sequence:
 
 
 @dataclass(eq=False)
+class Times:
+    """When a request came, was given its place in the cache, drew its first token, and ended; by
+    `time.perf_counter()`."""
+
+    arrived: float = field(default_factory=time.perf_counter)
+    admitted: float = 0.0
+    drawn: float = 0.0
+    ended: float = 0.0
+
+
+@dataclass(eq=False)
 class _Request:
     number: int
     request: SampleRequest
@@ -77,6 +89,7 @@ class _Request:
     sequences: list[_Sequence] = field(default_factory=list)
     reserved: int = 0
     hits: int = 0
+    times: Times = field(default_factory=Times)
 
     @property
     def prompt_length(self) -> int:
@@ -123,6 +136,9 @@ class SamplerEngine:
         max_batch: sequences that draw at once.
         max_step_rows: rows of one pass.
         reorder: keep a second copy of the base weights, ordered for quick products (fp32 on a CPU).
+
+    Attributes:
+        on_finished: is told of every request that has its response.
     """
 
     def __init__(
@@ -163,6 +179,7 @@ class SamplerEngine:
         self.adapters: AdapterStore[Adapter] = AdapterStore()
         self.end_tokens = end_tokens(backbone.path, tokenizer)
         self.stats = SamplerStats(num_blocks=num_blocks, block_size=block_size)
+        self.on_finished: Callable[[SampleRequest, Times], None] | None = None
         self._numbers = itertools.count()
         self._waiting: deque[_Request] = deque()
         self._prompting: list[_Request] = []
@@ -298,6 +315,7 @@ class SamplerEngine:
             places -= entry.request.num_samples
             self.pool.reserve(entry.blocks_needed)
             entry.reserved = entry.blocks_needed
+            entry.times.admitted = time.perf_counter()
             self._prompting.append(entry)
 
     def _take_block(self, sequence: _Sequence) -> None:
@@ -562,6 +580,7 @@ class SamplerEngine:
     def _fork(self, first: _Sequence) -> list[_Sequence]:
         """The prompt is cached: make the request's other samples, sharing its full blocks."""
         entry = first.request
+        entry.times.drawn = time.perf_counter()
         full = entry.prompt_length // self.block_size
         for index in range(1, entry.request.num_samples):
             twin = _Sequence(
@@ -613,6 +632,9 @@ class SamplerEngine:
         s.blocks = []
         if all(other.stop_reason for other in entry.sequences):
             self._free(entry)
+            entry.times.ended = time.perf_counter()
+            if self.on_finished is not None:
+                self.on_finished(entry.request, entry.times)
             self._events.append(Event(entry.number, response=self._response(entry)))
 
     def _response(self, entry: _Request) -> SampleResponse:

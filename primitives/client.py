@@ -7,6 +7,7 @@ log of operations; `SamplingClient` is a policy, pinned to a version or live.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 import uuid
@@ -17,7 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import tracing
 from .errors import InvalidInput, Unavailable
+from .metrics_text import metrics_text
 from .op import Handle, Op, chain, completed, forward_result
 from .sync import HasSync
 from .types import (
@@ -135,12 +138,18 @@ class SamplingClient(HasSync):
             target_prompt_logprobs=target_prompt_logprobs,
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             topk_sample_logprobs=topk_sample_logprobs,
+            request_id=_request_id(),
         )
-        return Op(
-            chain(
-                self._grant, lambda g: g.sampler.call("sample", replace(request, policy=g.policy))
-            )
-        )
+        span = tracing.start("sample", request=request.request_id, samples=num_samples)
+
+        def send(grant: SamplerGrant) -> Future[SampleResponse]:
+            span.set(run=grant.policy.run_id)
+            bound = replace(request, policy=grant.policy, traceparent=span.traceparent)
+            return grant.sampler.call("sample", bound)
+
+        future = chain(self._grant, send)
+        span.end_with(future)
+        return Op(future)
 
     async def sample_stream(
         self,
@@ -154,18 +163,23 @@ class SamplingClient(HasSync):
         `topk_sample_logprobs=K`. Leaving the loop withdraws the request. Routed experts are told with
         whole samples only."""
         grant = await Op(self._grant)
+        request_id = _request_id()
+        span = tracing.start("sample", request=request_id, run=grant.policy.run_id)
         request = SampleRequest(
             token_array(prompt, "prompt"),
             sampling_params or SamplingParams(),
             grant.policy,
             num_samples,
             topk_sample_logprobs=topk_sample_logprobs,
+            request_id=request_id,
+            traceparent=span.traceparent,
         )
         stream = grant.sampler.stream("stream", request)
         try:
             async for token in stream:
                 yield token
         finally:
+            span.end()
             await stream.aclose()  # type: ignore[attr-defined]
 
     def compute_logprobs(
@@ -205,6 +219,15 @@ class SamplingClient(HasSync):
         self._grant = completed(grant)
 
 
+_CLIENT = uuid.uuid4().hex[:8]
+_requests = itertools.count(1)
+
+
+def _request_id() -> str:
+    """Names a sampling request in logs, traces and crash reports."""
+    return f"{_CLIENT}-{next(_requests)}"
+
+
 def _prompt_logprobs(response: SampleResponse) -> np.ndarray:
     assert response.prompt_logprobs is not None
     return response.prompt_logprobs
@@ -231,8 +254,10 @@ class TrainingClient(HasSync):
     def _submit(self, kind: str, *, seq_id: int | None = None, **args: Any) -> Op[Any]:
         seq = self._take_seq_ids() if seq_id is None else seq_id
         learner, run_id = self._grant.learner, self.run_id
+        span = tracing.start(kind, run=run_id, op=seq)
         try:
-            future = learner.call("submit", run_id, seq, kind, args)
+            future = learner.call("submit", run_id, seq, kind, args, *span.carried)
+            span.end_with(future)
         except Exception:
             # The number is taken: let the log pass over it.
             learner.call("submit", run_id, seq, "skip", {})
@@ -635,6 +660,11 @@ class ServiceClient(HasSync):
             self.controller.call("env_workers", base_model, num_workers, max_concurrent)
         )
         return workers.then(lambda handles: EnvClient(handles, self.controller))
+
+    def metrics(self) -> Op[str]:
+        """What all processes of the service count and measure, in Prometheus's text format
+        (`docs/observability.md` says what each means)."""
+        return Op(self.controller.call("metrics")).then(metrics_text)
 
     def list_training_runs(self) -> Op[list[TrainingRun]]:
         """All runs, newest first."""

@@ -242,7 +242,8 @@ class SampleRequest:
     """One call of `SamplingClient.sample`, as the sampling engines take it.
 
     `target_prompt_logprobs` int64 `[T - 1, K]`: row i names tokens to score at prompt position
-    i + 1; -1 names none.
+    i + 1; -1 names none. `request_id` names the request in logs and crash reports, `traceparent` (W3C's)
+    the span that it belongs to; neither changes what is sampled.
     """
 
     prompt: np.ndarray
@@ -255,6 +256,8 @@ class SampleRequest:
     target_prompt_logprobs: np.ndarray | None = None
     prompt_alt_tokens_k: int = 0
     topk_sample_logprobs: int = 0
+    request_id: str = ""
+    traceparent: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_array(self.prompt, "prompt"))
@@ -406,6 +409,36 @@ class PublishResponse:
 
     version: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """An operation that a process was at when it died: `op` is its number in the run's log, or the
+    request's id; `computing`: it was being computed just then, not only held."""
+
+    run: str
+    op: int | str
+    kind: str
+    tokens: int
+    seconds: float
+    computing: bool
+
+    def __str__(self) -> str:
+        named = f" of run {self.run}" if self.run else ""
+        what = f" {self.op}" if self.op else ""
+        return f"{self.kind}{what}{named}, for {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A process of the service that died, in Unix seconds, and what it was doing."""
+
+    time: float
+    process: str
+    pid: int
+    host: str
+    reason: str
+    under_way: list[Interrupted]
 
 
 @dataclass(frozen=True)
