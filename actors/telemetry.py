@@ -22,13 +22,13 @@ PASSED_ON = (TRACE_FILE, "TINSMITH_LOG", "TINSMITH_LOG_LEVEL")
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
-def set_up(process: str) -> None:
+def set_up(process: str, trace_file: str | Path | None = None) -> None:
     """Of a process of the service's own."""
     logs.set_up(process)
-    trace(process, os.environ.get(TRACE_FILE))
+    trace(process, trace_file or os.environ.get(TRACE_FILE))
 
 
-def trace(process: str, file: str | None) -> None:
+def trace(process: str, file: str | Path | None) -> None:
     """Record spans, if there is a file for them or the environment names a collector.
 
     Raises:
@@ -57,7 +57,7 @@ def trace(process: str, file: str | None) -> None:
 INSTALL = "pip install 'tinsmith[tracing]'"
 
 
-def _processors(file: str | None, exported: bool) -> list[Any]:
+def _processors(file: str | Path | None, exported: bool) -> list[Any]:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 
     processors: list[Any] = []

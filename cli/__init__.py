@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..primitives.errors import TinsmithError
-from . import chat, doctor, envs, export, keys, plan, plot, profile, runs, serve, sft, train
+from . import chat, doctor, envs, export, keys, plan, plot, profile, runs, serve, sft, top, train
 
 
 class _Commands(TyperGroup):
@@ -38,6 +38,7 @@ app.command()(profile.profile)
 app.command()(plan.plan)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(top.top)
 app.command()(export.export)
 app.add_typer(envs.app, name="envs")
 app.add_typer(keys.app, name="keys")

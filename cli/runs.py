@@ -69,8 +69,10 @@ def _show(name: str, home: Path, as_json: bool) -> None:
     registry = open_registry(home)
     run = find_run(registry, name)
     facts, checkpoints = _facts(run, home), registry.checkpoints(run.run_id)
+    crashes = registry.crashes(run.run_id)
     if as_json:
-        print_json(facts | {"checkpoints": [asdict(c) for c in checkpoints]})
+        found = {"checkpoints": [asdict(c) for c in checkpoints]}
+        print_json(facts | found | {"crashes": [asdict(c) for c in crashes]})
         return
     for label, value in (
         ("run", run.run_id),
@@ -81,6 +83,10 @@ def _show(name: str, home: Path, as_json: bool) -> None:
         typer.echo(f"{label:>8}  {value}")
     columns = ["checkpoint", "version", "created", "size"]
     print_table("checkpoints", columns, [_checkpoint_row(c) for c in checkpoints])
+    for crash in crashes:
+        at = "; ".join(str(i) for i in crash.under_way if i.run == run.run_id)
+        died = f"{crash.process} (pid {crash.pid}) died: {crash.reason}"
+        typer.echo(f"{_when(crash.time)}  {died}; it was at {at}")
 
 
 def _checkpoint_row(checkpoint: Checkpoint) -> list[str]:

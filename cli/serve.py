@@ -60,6 +60,13 @@ def serve(
     base_weights: BaseWeights = "auto",
     reorder_sampler_weights: ReorderSamplerWeights = False,
     samplers: Samplers = 1,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append spans of every operation to this file, a JSON object per line.",
+            show_default="$TINSMITH_TRACE_FILE, if any",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the actors' output.")] = False,
 ) -> None:
     """Serve clients of the Tinker API and of OpenAI's until interrupted, then finish what is
@@ -75,11 +82,13 @@ def serve(
         raise Unavailable(
             f"serving needs more packages ({error}): pip install 'tinsmith[gateway]'"
         ) from None
+    from ..actors import telemetry
     from ..actors.cluster import connect
     from ..engines.models import resolve_model
 
     access = Access(None if api_key_file is None else KeyFile(api_key_file))
     check_host(host, access)
+    telemetry.set_up("gateway", trace_file)
     served = parse_served(model or [])
     for target in served.values():
         resolve_model(target, home, say)
@@ -98,6 +107,7 @@ def serve(
             base_weights=base_weights,
             reorder_sampler_weights=reorder_sampler_weights,
             samplers=samplers,
+            trace_file=trace_file,
             verbose=verbose,
         ) as service:
             await serve_http(service, settings, access, host, port, say)

@@ -14,6 +14,7 @@ from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity, TinsmithE
 from .access import Unauthorized
 from .body_limit import BodyLimit
 from .core import Busy, Gateway
+from .observed import GatewayWatch, Watched, metrics_route
 from .openai import openai_router
 from .policies import GatewayPolicies
 from .rest_routes import rest_routes
@@ -45,6 +46,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     for routes in (session_routes, training_routes, sampling_routes, rest_routes):
         app.include_router(routes(gateway), prefix="/api/v1")
     app.include_router(openai_router(GatewayPolicies(gateway)))
+    watch = GatewayWatch(gateway)
+    app.include_router(metrics_route(gateway, watch))
 
     @app.exception_handler(TinsmithError)
     async def refused(request: Request, error: TinsmithError) -> JSONResponse:
@@ -64,4 +67,5 @@ def create_app(gateway: Gateway) -> FastAPI:
         return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
     app.add_middleware(BodyLimit, max_bytes=gateway.settings.max_body_bytes)
+    app.add_middleware(Watched, watch=watch)
     return app

@@ -19,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..primitives import logs, tracing
 from ..primitives.client import RunGrant, SamplerGrant, ServiceClient
 from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
 from ..primitives.op import Op
@@ -308,6 +309,7 @@ class Gateway:
         if run.moving and self._pending_bytes + size > self.settings.max_pending_bytes:
             raise Busy("too much training data is waiting: try again in a moment")
         run.arrive(seq_id)
+        span = tracing.start(f"gateway.{kind}", run=run_id, op=seq_id)
 
         async def apply() -> Answer:
             grant = await self._run_grant(run)
@@ -317,11 +319,15 @@ class Gateway:
             except BaseException:
                 learner.call("submit", run_id, seq_id, "skip", {})
                 raise
-            result = await Op(learner.call("submit", run_id, seq_id, kind, prepared))
-            answered = answer(result)
+            call = learner.call("submit", run_id, seq_id, kind, prepared, *span.carried)
+            answered = answer(await Op(call))
             return answered if isinstance(answered, Answer) else await answered
 
-        if await self.futures.begin(request_id, run.row.owner, apply):
+        async def work() -> Answer:
+            with span, logs.about(run=run_id, op=seq_id, kind=kind):
+                return await apply()
+
+        if await self.futures.begin(request_id, run.row.owner, work):
             run.pending[seq_id] = size
             self._pending_bytes += size
             waiting = self.futures.settled(request_id)
@@ -458,8 +464,14 @@ class Gateway:
 
     async def sample(self, sampler: Sampler, name: str, request: SampleRequest) -> SampleResponse:
         """Sample; being cancelled withdraws the request. A sampler that died is replaced."""
-        with self._using(await self.models.resolve(sampler.row.base_model)):
-            return await self._sample(sampler, name, request)
+        span = tracing.start("gateway.sample", request=name, samples=request.num_samples)
+        named = replace(request, request_id=name, traceparent=span.traceparent)
+        with (
+            span,
+            logs.about(request=name),
+            self._using(await self.models.resolve(sampler.row.base_model)),
+        ):
+            return await self._sample(sampler, name, named)
 
     async def _sample(self, sampler: Sampler, name: str, request: SampleRequest) -> SampleResponse:
         for last in (False, True):
@@ -505,6 +517,14 @@ class Gateway:
     def _owns(self, owner: str, row: RunRow | None) -> bool:
         """Runs made without the gateway belong to everybody where there are no keys."""
         return not self.access.closed if row is None else row.owner == owner
+
+    # ---- what is told of it ----
+
+    def pending_bytes(self) -> float:
+        return self._pending_bytes
+
+    def active_sessions(self) -> float:
+        return sum(session.active for session in self._sessions.values())
 
     # ---- upkeep ----
 

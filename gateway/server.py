@@ -99,6 +99,7 @@ async def serve(
     server = _Server(config, gateway, say)
     url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
     say(f"serving {url}: set TINKER_BASE_URL={url}, or base_url={url}/v1 for OpenAI clients")
+    say(f"metrics for Prometheus are at {url}/metrics; `tinsmith top --url {url}` shows them live")
     if not access.closed:
         say(
             "there are no API keys: only this machine can connect (any TINKER_API_KEY=tml-… will do)"

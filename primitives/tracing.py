@@ -42,6 +42,12 @@ class Span:
                 self._span.set_status(Status(StatusCode.ERROR, told))
             self._span.end()
 
+    def __enter__(self) -> Span:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.end(error)
+
     def end_with(self, future: Future[Any]) -> None:
         """End when the future is done, and as it ended."""
         if self._span is not None:
