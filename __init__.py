@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .envs.scripted import Scripted
     from .primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
     from .primitives.errors import (
+        Busy,
         EnvironmentFailure,
         InvalidInput,
         NotFound,
@@ -72,6 +73,7 @@ _HOMES = {
     "envs.scripted": ["Scripted"],
     "primitives.client": ["EnvClient", "SamplingClient", "ServiceClient", "TrainingClient"],
     "primitives.errors": [
+        "Busy",
         "EnvironmentFailure",
         "InvalidInput",
         "NotFound",

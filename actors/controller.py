@@ -495,6 +495,16 @@ class Controller:
     def _forget_open_runs(self, path: str) -> None:
         self.open_runs = {run: where for run, where in self.open_runs.items() if where != path}
 
+    async def held_bytes(self) -> dict[str, int]:
+        """Of every open run's adapter, gradients and optimizer state; 0 where its learner is gone."""
+        held = dict.fromkeys(self.open_runs, 0)
+        for path in set(self.open_runs.values()):
+            learner = self.started.get(("learner", path))
+            if learner is not None:
+                with contextlib.suppress(Unavailable):
+                    held |= await Op((await asyncio.shield(learner)).call("held_bytes"))
+        return held
+
     async def list_runs(self) -> list[TrainingRun]:
         return self.registry.runs()
 

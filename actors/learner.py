@@ -29,6 +29,7 @@ from ..engines.backbone import Backbone
 from ..engines.base_weights import BaseWeights
 from ..engines.layout import Layout
 from ..engines.learner import Finished, LearnerEngine
+from ..engines.memory import state_bytes
 from ..engines.memory_budget import available_bytes
 from ..engines.models import copies_folder
 from ..engines.passes import Group, PassRunner
@@ -210,6 +211,12 @@ class Learner:
 
     async def open_runs(self) -> list[str]:
         return list(self.logs)
+
+    async def held_bytes(self) -> dict[str, int]:
+        """Of every open run's adapter, gradients and optimizer state."""
+        return {
+            run_id: state_bytes([self.engine.runs.layout(run_id)]) for run_id in list(self.logs)
+        }
 
     async def next_seq_id(self, run_id: str) -> int:
         """

@@ -84,6 +84,13 @@ def session_routes(gateway: Gateway) -> APIRouter:
         details = {"org_details": {"name": "tinsmith"}, "user_details": {"email": owner}}
         return {"key_id": 0, "name": owner, "note": "", "details": details}
 
+    @router.get("/quota")
+    async def quota(request: Request) -> dict[str, Any]:
+        """What the key allows, None where there is no limit, and what is in use of it now."""
+        allowed, used = await gateway.usage(gateway.access.owner(request))
+        limits = {name: getattr(allowed, name) for name in allowed.__struct_fields__}
+        return {"quota": limits, "used": used}
+
     @router.post("/telemetry")
     async def telemetry(request: Request) -> dict[str, str]:
         """Accepted and dropped."""

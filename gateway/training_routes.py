@@ -128,7 +128,8 @@ def training_routes(gateway: Gateway) -> APIRouter:
         def answer(output: ForwardBackwardOutput) -> Answer:
             return Answer.proto(write_training_output(output))
 
-        return await gateway.operate(run, message.seq_id, kind, args, answer, len(body))
+        tokens = sum(len(datum.model_input.tokens) for datum in message.data)
+        return await gateway.operate(run, message.seq_id, kind, args, answer, len(body), tokens)
 
     async def read_body(request: Request, owner: str) -> bytes:
         encoding, body = request.headers.get("content-encoding"), bytearray()
