@@ -264,7 +264,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _within_quota(self, owner: str, run_id: str) -> AsyncIterator[None]:
-        """Around the opening of a run, which is closed again if it is larger than the owner's quota
+        """Around the opening of a run, which is deleted again if it is larger than the owner's quota
         allows: its size is known when it is there.
 
         Raises:
@@ -287,13 +287,9 @@ class Gateway:
 
     async def _held_bytes(self, owner: str, new: str | None = None) -> dict[str, int]:
         """Of the owner's open runs, and of a new one that is not written down yet."""
-        rows = await self.store.all_runs()
+        own = {row.run_id for row in await self.store.runs(owner)} | {new}
         held = await Op(self.controller.call("held_bytes"))
-        return {
-            run_id: size
-            for run_id, size in held.items()
-            if run_id == new or (run_id in rows and rows[run_id].owner == owner)
-        }
+        return {run_id: size for run_id, size in held.items() if run_id in own}
 
     async def usage(self, owner: str) -> tuple[Quota, dict[str, float | None]]:
         """What the owner may use, and uses: runs and bytes, and the tokens that may still be used

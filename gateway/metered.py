@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from contextlib import aclosing
 from typing import Any
 
 from ..primitives.client import SamplerGrant, SamplingClient
@@ -32,8 +33,9 @@ class MeteredClient(SamplingClient):
 
     async def sample_stream(
         self, prompt: Any, *args: Any, **kwargs: Any
-    ) -> AsyncIterator[SampledToken]:
+    ) -> AsyncGenerator[SampledToken]:
         self._count(len(prompt))
-        async for token in super().sample_stream(prompt, *args, **kwargs):
-            self._count(1)
-            yield token
+        async with aclosing(super().sample_stream(prompt, *args, **kwargs)) as stream:
+            async for token in stream:
+                self._count(1)
+                yield token

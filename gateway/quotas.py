@@ -8,9 +8,10 @@ over any time the average is the quota's (a token bucket with debt; it holds one
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -33,8 +34,7 @@ class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     resident_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in self.__struct_fields__:
-            limit = getattr(self, name)
+        for name, limit in msgspec.structs.asdict(self).items():
             if limit is not None and limit < 1:
                 raise InvalidInput(f"a quota's {name} must be at least 1, got {limit}")
 
@@ -64,23 +64,28 @@ class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
     def __str__(self) -> str:
         limits = (
-            f"{getattr(self, name):,} {name.replace('_', ' ')}"
-            for name in self.__struct_fields__
-            if getattr(self, name) is not None
+            f"{limit:,} {name.replace('_', ' ')}"
+            for name, limit in msgspec.structs.asdict(self).items()
+            if limit is not None
         )
         return ", ".join(limits) or "no limit"
 
 
 @dataclass
 class _Allowance:
-    """`left` tokens at `stamp`, of the clock's seconds."""
+    """`left` tokens at `stamp`, of the clock's seconds, and `rate` more a minute."""
 
     left: float
     stamp: float
+    rate: int
+
+    def refill(self, now: float, rate: int) -> None:
+        self.left = min(self.left + (now - self.stamp) * rate / MINUTE_S, rate)
+        self.stamp, self.rate = now, rate
 
 
 class TokenRates:
-    """How many tokens owners may still use now.
+    """How many tokens owners may still use now. Samples are counted in the threads that bring them.
 
     Args:
         quota: of an owner, as it is at the moment.
@@ -92,41 +97,40 @@ class TokenRates:
     ) -> None:
         self._quota, self._clock = quota, clock
         self._allowances: dict[str, _Allowance] = {}
+        self._lock = threading.Lock()
 
     def check(self, owner: str) -> None:
         """
         Raises:
             Busy: the owner has used up the allowance; says when there is some again.
         """
-        rate = self._quota(owner).tokens_per_minute
-        if rate is None:
-            return
-        left = self._refilled(owner, rate).left
-        if left < 1:
-            wait = (1 - left) * MINUTE_S / rate
+        allowance = self._after(owner, 0)
+        if allowance is not None and allowance.left < 1:
+            wait = (1 - allowance.left) * MINUTE_S / allowance.rate
             raise Busy(
-                f"your key's {rate:,} tokens per minute are used up; "
+                f"your key's {allowance.rate:,} tokens per minute are used up; "
                 f"more are let in {wait:.1f} s from now",
                 wait,
             )
 
     def left(self, owner: str) -> float | None:
         """Tokens that the owner may use now; None: as many as it likes."""
-        rate = self._quota(owner).tokens_per_minute
-        return None if rate is None else self._refilled(owner, rate).left
+        allowance = self._after(owner, 0)
+        return None if allowance is None else allowance.left
 
     def take(self, owner: str, tokens: int) -> None:
-        """Count tokens as used (below zero: give them back)."""
-        rate = self._quota(owner).tokens_per_minute
-        if rate is None:
-            self._allowances.pop(owner, None)
-        else:
-            self._refilled(owner, rate).left -= tokens
+        """Count tokens as used."""
+        self._after(owner, tokens)
 
-    def _refilled(self, owner: str, rate: int) -> _Allowance:
-        now = self._clock()
-        allowance = self._allowances.setdefault(owner, _Allowance(rate, now))
-        passed = now - allowance.stamp
-        allowance.left = min(allowance.left + passed * rate / MINUTE_S, rate)
-        allowance.stamp = now
-        return allowance
+    def _after(self, owner: str, used: int) -> _Allowance | None:
+        """The owner's allowance when `used` tokens are taken from it; None where there is no limit."""
+        rate = self._quota(owner).tokens_per_minute
+        with self._lock:
+            if rate is None:
+                self._allowances.pop(owner, None)
+                return None
+            now = self._clock()
+            allowance = self._allowances.setdefault(owner, _Allowance(rate, now, rate))
+            allowance.refill(now, rate)
+            allowance.left -= used
+            return replace(allowance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 
 from ..primitives.errors import InvalidInput
@@ -88,8 +89,7 @@ def session_routes(gateway: Gateway) -> APIRouter:
     async def quota(request: Request) -> dict[str, Any]:
         """What the key allows, None where there is no limit, and what is in use of it now."""
         allowed, used = await gateway.usage(gateway.access.owner(request))
-        limits = {name: getattr(allowed, name) for name in allowed.__struct_fields__}
-        return {"quota": limits, "used": used}
+        return {"quota": msgspec.structs.asdict(allowed), "used": used}
 
     @router.post("/telemetry")
     async def telemetry(request: Request) -> dict[str, str]:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -149,7 +149,7 @@ class SamplingClient(HasSync):
         sampling_params: SamplingParams | None = None,
         *,
         topk_sample_logprobs: int = 0,
-    ) -> AsyncIterator[SampledToken]:
+    ) -> AsyncGenerator[SampledToken]:
         """Sample, yielding each token as it is drawn, with the K likeliest tokens if
         `topk_sample_logprobs=K`. Leaving the loop withdraws the request. Routed experts are told with
         whole samples only."""

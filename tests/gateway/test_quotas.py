@@ -127,8 +127,8 @@ def test_a_run_too_large_is_refused_and_leaves_nothing(served, keys):
     owner = Owner(url, keys, "of little memory", Quota(resident_bytes=1 << 20))
     run = owner.begin(rank=1)
     size = owner.used()["resident_bytes"]
-    grant = gateway.service.get_training_run(run.model_id).result()
-    assert grant.lora.rank == 1
+    facts = gateway.service.get_training_run(run.model_id).result()
+    assert facts.lora.rank == 1
     assert 0 < size < 1 << 20
     with pytest.raises(tinker.RequestFailedError, match=r"need [\d,]+ bytes.* allows 1,048,576"):
         owner.begin(rank=64)
