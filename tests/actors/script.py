@@ -14,12 +14,17 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def _python_path() -> list[str]:
+    """Where this process was told to look for modules, the package under test among them."""
+    return [path for path in [os.environ.get("PYTHONPATH")] if path]
+
+
 def run_script(text: str, *args: object, seconds: float = 120) -> str:
     """The output of a script that must end well."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *map(str, args)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])},
         capture_output=True,
         text=True,
         timeout=seconds,
