@@ -22,8 +22,9 @@ from ..engines.backbone import SUPPORTED_FAMILIES
 from ..engines.base_weights import BaseWeights
 from ..engines.vllm_coverage import Coverage
 from ..engines.vllm_start import VllmOptions
-from ..primitives.client import RunGrant, SamplerGrant
+from ..primitives.client import SamplerGrant
 from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
+from ..primitives.learner_link import RunGrant
 from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath, check_name
 from ..primitives.types import (

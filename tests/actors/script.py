@@ -14,9 +14,9 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def _python_path() -> list[str]:
-    """Where this process was told to look for modules, the package under test among them."""
-    return [path for path in [os.environ.get("PYTHONPATH")] if path]
+def python_path() -> str:
+    """This repository, and where this process was told to look for modules."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def run_script(text: str, *args: object, seconds: float = 120) -> str:
@@ -24,7 +24,7 @@ def run_script(text: str, *args: object, seconds: float = 120) -> str:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *map(str, args)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])},
+        env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=seconds,

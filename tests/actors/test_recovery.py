@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import psutil
+import pytest
 
 import tinsmith
-from tests.actors.test_training import LORA, new_run, same_weights_logprobs, script
+from tests.actors.script import ROOT, python_path, run_script
+from tests.actors.test_training import (
+    LORA,
+    engine_threads,
+    new_run,
+    same_weights_logprobs,
+    script,
+)
+from tests.data import text_datum
+from tinsmith.engines.backbone import Backbone
+from tinsmith.engines.learner import LearnerEngine
 from tinsmith.primitives.op import Op
 
 MODEL = "tiny-qwen3"
@@ -69,3 +84,65 @@ async def test_a_learner_killed_again_and_again_loses_and_repeats_nothing(servic
         assert tinsmith.primitives.codec.encode(again) == tinsmith.primitives.codec.encode(
             results[seq_id - 1]
         )
+
+
+BEGIN = """
+import asyncio, sys
+
+import tinsmith
+from tests.actors.test_training import LORA, script
+
+async def main(home):
+    async with tinsmith.connect(home=home, num_cpus=2, learner_threads=1) as service:
+        training = await service.create_lora_training_client("tiny-llama", rank=4, seed=1)
+        ops = [getattr(training, kind)(*args) for kind, args in script(7, 12)]
+        await asyncio.gather(*ops)
+        print(training.run_id, flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+GO_ON = """
+import asyncio, json, sys
+
+import tinsmith
+from tests.actors.test_training import same_weights_logprobs, script
+
+async def main(home, run_id):
+    async with tinsmith.connect(home=home, num_cpus=2, learner_threads=1) as service:
+        training = await service.resume_training_client(run_id)
+        for kind, args in list(script(7, 18))[12:]:
+            getattr(training, kind)(*args)
+        logprobs = await same_weights_logprobs(training)
+        print(json.dumps([row.tolist() for row in logprobs]))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_service_killed_as_a_whole_goes_on_where_its_logs_end(tiny_home):
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    command = [sys.executable, "-c", BEGIN, str(tiny_home)]
+    service = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    run_id = service.stdout.readline().strip()
+    family = psutil.Process(service.pid).children(recursive=True)
+    for process in (service, *family):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    service.wait()
+    told = json.loads(run_script(GO_ON, tiny_home, run_id).splitlines()[-1])
+
+    engine = LearnerEngine(Backbone(str(tiny_home / "models" / "tiny-llama")))
+    engine.create_run("run", LORA)
+    with engine_threads():
+        for kind, args in script(7, 18):
+            getattr(engine, kind)("run", *args)
+        data = [text_datum(np.random.default_rng(100 + i), 40) for i in range(2)]
+        output = engine.forward("run", data, "cross_entropy")
+    for got, wanted in zip(told, output.loss_fn_outputs, strict=True):
+        np.testing.assert_array_equal(np.float32(got), wanted["logprobs"])
