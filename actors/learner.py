@@ -772,8 +772,9 @@ class Learner:
             state = {"params": self.engine.export(path.run_id)}
         version, layout = run.version, run.layout
         seq_id = log.next_seq_id - 1
+        operation = f"{log.run_key}:{seq_id}"
         manifest = {
-            "operation": f"{log.run_key}:{seq_id}",
+            "operation": operation,
             "base_model": self.base_model,
             "lora": asdict(run.config),
             "version": version,
@@ -802,7 +803,7 @@ class Learner:
 
         async def save() -> SaveResponse:
             # A learner that died may have saved it, before it could write that down.
-            if seq_id <= log.replayed and await self._is_saved(path, manifest["operation"]):
+            if seq_id <= log.replayed and await self._is_saved(path, operation):
                 return SaveResponse(str(path))
             await asyncio.wrap_future(log.journal.on_disk())
             async with self.writing:  # in order: of two saves by one name the later one stays
