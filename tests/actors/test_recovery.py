@@ -86,6 +86,19 @@ async def test_a_learner_killed_again_and_again_loses_and_repeats_nothing(servic
         )
 
 
+async def test_what_was_being_saved_when_the_learner_died_is_saved_once(service):
+    training = await new_run(service, LORA, MODEL)
+    saves = []
+    for i, (kind, args) in enumerate(script(8, 12)):
+        getattr(training, kind)(*args)
+        saves.append(training.save_state(f"save-{i}"))
+    await saves[4]
+    await asyncio.to_thread(kill_one)
+    saved = await asyncio.wait_for(asyncio.gather(*saves), 120)  # none says that its name is taken
+    there = [c.path for c in await service.list_checkpoints(training.run_id)]
+    assert sorted(there) == sorted(response.path for response in saved)
+
+
 BEGIN = """
 import asyncio, sys
 
