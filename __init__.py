@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from .envs.scripted import Scripted
     from .primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
     from .primitives.errors import (
+        CorruptLog,
         EnvironmentFailure,
         InvalidInput,
         NotFound,
         OpCancelled,
         OutOfCapacity,
         RolloutFailure,
+        StorageFailure,
         TinsmithError,
         Unavailable,
     )
@@ -72,12 +74,14 @@ _HOMES = {
     "envs.scripted": ["Scripted"],
     "primitives.client": ["EnvClient", "SamplingClient", "ServiceClient", "TrainingClient"],
     "primitives.errors": [
+        "CorruptLog",
         "EnvironmentFailure",
         "InvalidInput",
         "NotFound",
         "OpCancelled",
         "OutOfCapacity",
         "RolloutFailure",
+        "StorageFailure",
         "TinsmithError",
         "Unavailable",
     ],

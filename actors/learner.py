@@ -5,6 +5,9 @@ arrives twice gets the recorded result. The heads of all logs are taken between 
 engine, which computes the batches among them together. One thread owns the engine; saving and
 publishing copy what they need in that thread and finish outside it, so that training goes on
 meanwhile.
+
+Operations are written down when they come and computed beside that; results are given once they
+are on disk (`journal.py`). A learner that is started again goes on from there (`recover`).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
@@ -33,10 +37,12 @@ from ..engines.memory_budget import available_bytes
 from ..engines.models import copies_folder
 from ..engines.passes import Group, PassRunner
 from ..primitives.errors import (
+    CorruptLog,
     InvalidInput,
     NotFound,
     OpCancelled,
     OutOfCapacity,
+    StorageFailure,
     TinsmithError,
     Unavailable,
 )
@@ -52,39 +58,71 @@ from ..primitives.types import (
     TrainingInfo,
 )
 from ..primitives.validation import check_ttl
+from . import records
+from .journal import REPLAY_SECONDS, Journal, log_folder, new_run_key
+from .records import Record
+from .snapshots import About
 from .storage import MANIFEST, Storage
 from .threads import engine_device, set_engine_threads
+from .wal import SyncThread
 
 RESULTS_KEPT = 4096
 BATCHES = ("forward", "forward_backward")  # what takes passes of the engine
-PARKED = "state.safetensors"
+# What changes a run's state, and so is done again when its log is replayed.
+EFFECTS = ("forward_backward", "optim_step", "load_state", "set_share", "publish")
+PROGRESS_SECONDS = 5.0  # between lines about a replay
 
-
-def parked_folder(run_id: str) -> str:
-    """Below the storage root: where a run waits for its learner to be started again."""
-    return f"runs/{run_id}/parked"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Entry:
+    """`position`: in the run's log. `settled`: its result has been written down, in this life or
+    in one before."""
+
     kind: str
     args: dict[str, Any]
     future: asyncio.Future[Any]
     arrived: float = field(default_factory=time.perf_counter)
+    seq_id: int = 0
+    position: int = 0
+    settled: bool = False
 
 
 @dataclass
 class RunLog:
     """One run's operations: those waiting by number, the batch under way, and the results of those
-    applied. `publish_steps`: every operation that changes the weights publishes them."""
+    applied.
+
+    Attributes:
+        run_key: names this opening of the run in the checkpoints that it saves.
+        publish_steps, published: whether every operation that changes the weights publishes them,
+            and whether any has.
+        replayed: operations up to this number had come to a learner before this one.
+        given_before: the operation being applied had its result from a learner before this one.
+        republish: the samplers have nothing of it: they are to get again what they had.
+        snapshot: the one under way.
+        demanded: a snapshot that is to be taken whatever it costs.
+        reached: done when that number is the next.
+    """
 
     run_id: str
+    journal: Journal
+    run_key: str
     next_seq_id: int = 1
     publish_steps: bool = False
+    published: bool = False
+    replayed: int = 0
+    republish: bool = False
+    given_before: bool = False
+    closed: bool = False
     publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: dict[int, Entry] = field(default_factory=dict)
     under_way: Entry | None = None
     results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
+    snapshot: asyncio.Future[Any] | None = None
+    demanded: asyncio.Future[Any] | None = None
+    reached: tuple[int, asyncio.Future[Any]] | None = None
 
 
 class Learner:
@@ -101,7 +139,10 @@ class Learner:
         learners: int = 1,
         weights: BaseWeights = "auto",
         layout: Layout | None = None,
+        replay_seconds: float = REPLAY_SECONDS,
     ) -> None:
+        self.replay_seconds = replay_seconds
+        self.sync_thread = SyncThread()
         self.base_model = base_model
         self.model_path = model_path
         self.run_bytes = run_bytes
@@ -195,18 +236,37 @@ class Learner:
     ) -> int:
         """Start a run, afresh or from a checkpoint; returns the number of its first operation,
         `next_seq_id`."""
+        if path is not None:
+            await self._settle_writes()
+            await asyncio.to_thread(self.storage.read_manifest, path)  # before anything is closed
         if run_id in self.logs:
             await self.close_run(run_id)
         await self._in_engine(self.engine.create_run, run_id, lora)
         try:
             if path is not None:
-                await self._settle_writes()
                 await self._in_engine(self._load_checkpoint, run_id, path, optimizer, True)
+            state, version, share = await self._in_engine(self._whole_state, run_id)
+            about = About(
+                new_run_key(),
+                lora,
+                version,
+                share,
+                False,
+                False,
+                next_seq_id,
+                position=0,
+                results=[],
+            )
+            how = (self._log_folder(run_id), self.sync_thread, self.replay_seconds)
+            journal = await asyncio.to_thread(Journal.begin, *how, about, state)
         except BaseException:
             await self._in_engine(self.engine.drop_run, run_id)
             raise
-        self.logs[run_id] = RunLog(run_id, next_seq_id)
+        self.logs[run_id] = RunLog(run_id, journal, about.run_key, next_seq_id)
         return next_seq_id
+
+    def _log_folder(self, run_id: str) -> Path:
+        return Path(self.storage.root, log_folder(run_id))
 
     async def open_runs(self) -> list[str]:
         return list(self.logs)
@@ -219,48 +279,121 @@ class Learner:
         return self._log(run_id).next_seq_id
 
     async def park(self, run_id: str) -> None:
-        """Write down a run as it is, half-accumulated gradient and all, for `unpark`."""
-        log = self._log(run_id)
-        while log.under_way is not None:
-            await asyncio.wait({log.under_way.future})
-        state, about = await self._in_engine(self._whole_state, run_id)
-        manifest = {
-            **about,
-            "next_seq_id": log.next_seq_id,
-            "publish_steps": log.publish_steps,
-        }
-        files = {
-            PARKED: safetensors.torch.save(state),
-            MANIFEST: json.dumps(manifest, indent=1).encode(),
-        }
-        folder = parked_folder(run_id)
-        staged = await asyncio.to_thread(self.storage.stage, folder, files)
-        await asyncio.to_thread(self.storage.commit, staged, folder)
-
-    def _whole_state(self, run_id: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        run, share = self.engine.runs[run_id], self.engine.queue.weights[run_id]
-        about = {"lora": asdict(run.config), "version": run.version, "share": share}
-        return self.engine.state(run_id, True), about
-
-    async def unpark(self, run_id: str) -> int:
-        """Open a parked run exactly as it was, its weights published; returns the number of its
-        next operation.
+        """Take a snapshot now, so that a learner started later has nothing to replay.
 
         Raises:
-            NotFound: it is not parked.
+            StorageFailure: it cannot be written; the log has everything all the same.
         """
-        folder = parked_folder(run_id)
-        files = await asyncio.to_thread(self.storage.read, folder)
-        manifest, state = json.loads(files[MANIFEST]), safetensors.torch.load(files[PARKED])
-        lora, share = LoraConfig(**manifest["lora"]), manifest["share"]
-        await self._in_engine(self.engine.create_run, run_id, lora, share)
-        params, version = state.pop("params"), manifest["version"]
-        await self._in_engine(self.engine.load, run_id, params, state, version)
-        log = RunLog(run_id, manifest["next_seq_id"], manifest["publish_steps"])
+        log = self._log(run_id)
+        if log.demanded is None:
+            log.demanded = _unhandled_is_fine(asyncio.get_running_loop().create_future())
+        self.wake.set()
+        await asyncio.shield(log.demanded)
+
+    def _whole_state(self, run_id: str) -> tuple[dict[str, torch.Tensor], int, float]:
+        """State, version and share."""
+        share = self.engine.queue.weights[run_id]
+        return self.engine.state(run_id, True), self.engine.runs[run_id].version, share
+
+    async def recover(self, run_id: str) -> int:
+        """Open a run where its log ends: its last snapshot, and the operations since then applied
+        again. Results that were given are given again; returns the number of the next operation.
+
+        Raises:
+            CorruptLog: the log or the snapshot is damaged.
+            Unavailable: another process has the run open.
+        """
+        if run_id in self.logs:
+            return self.logs[run_id].next_seq_id
+        folder = self._log_folder(run_id)
+        journal = await asyncio.to_thread(Journal, folder, self.sync_thread, self.replay_seconds)
+        try:
+            about, state, written = await asyncio.to_thread(journal.read)
+            await self._in_engine(self.engine.create_run, run_id, about.lora, about.share)
+            params = state.pop("params")
+            await self._in_engine(self.engine.load, run_id, params, state, about.version)
+        except BaseException:
+            await self._in_engine(self.engine.drop_run, run_id)
+            await asyncio.to_thread(journal.close)
+            raise
+        log = RunLog(
+            run_id,
+            journal,
+            about.run_key,
+            about.next_seq_id,
+            about.publish_steps,
+            about.published,
+        )
+        for record in about.results:
+            self._remember(log, record)
+        self._enter(log, written)
+        if log.published or any(record.kind == "publish" for _, record in written):
+            sampler = await self._sampler()
+            log.republish = await Op(sampler.call("latest_version", run_id)) is None
         self.logs[run_id] = log
-        await (await self._in_engine(self._publication, run_id, False))
-        await asyncio.to_thread(self.storage.delete, folder)
+        await self._replay(log)
+        if log.published and log.republish:
+            log.republish = False
+            await (await self._in_engine(self._publication, run_id, False))
         return log.next_seq_id
+
+    def _remember(self, log: RunLog, record: Record) -> asyncio.Future[Any]:
+        """A result that may be asked for again."""
+        future = _unhandled_is_fine(asyncio.get_running_loop().create_future())
+        _settle(future, *record.outcome())
+        log.results[record.seq_id] = future
+        log.journal.keep(record)
+        return future
+
+    def _enter(self, log: RunLog, written: list[tuple[int, Record]]) -> None:
+        """Let what the log holds wait for its turn again."""
+        results = {r.seq_id: r for _, r in written if r.what == "result"}
+        operations = {r.seq_id: (at, r) for at, r in written if r.what == "operation"}
+        for seq_id, (position, record) in sorted(operations.items()):
+            result, kind, args = results.get(seq_id), record.kind, {}
+            if result is not None and not result.applied:
+                kind = "skip"  # it changed nothing
+            try:
+                args = {} if kind == "skip" else record.args()
+            except InvalidInput as error:
+                if result is not None:
+                    raise CorruptLog(f"{log.journal.log.place(position)}: {error}") from None
+                # It was refused as such, or would have been.
+                result = records.result(seq_id, kind, None, error, False)
+                log.journal.write_later(result)
+                kind = "skip"
+            if result is None:
+                entry = self._wait(log, seq_id, kind, args)
+            else:
+                future = self._remember(log, result)
+                log.waiting[seq_id] = entry = Entry(kind, args, future, seq_id=seq_id, settled=True)
+            entry.position = position
+            log.replayed = max(log.replayed, seq_id)
+
+    async def _replay(self, log: RunLog) -> None:
+        """Wait until what waits without a gap is applied."""
+        end = log.next_seq_id
+        while end in log.waiting:
+            end += 1
+        first, last = log.next_seq_id, log.waiting.get(end - 1)
+        if last is None:
+            return
+        began = time.perf_counter()
+        done = asyncio.get_running_loop().create_future()
+        log.reached = (end, done)
+        self.wake.set()
+        while not done.done():
+            await asyncio.wait({done}, timeout=PROGRESS_SECONDS)
+            seconds = time.perf_counter() - began
+            if seconds >= PROGRESS_SECONDS:
+                logger.warning(
+                    "run %s: %d of %d operations replayed in %.0f s",
+                    log.run_id,
+                    log.next_seq_id - first,
+                    end - first,
+                    seconds,
+                )
+        done.result()
 
     async def take_over(self, run_id: str) -> int | None:
         """Where a new client's operations go on, after all that has arrived; None if the run is
@@ -268,26 +401,44 @@ class Learner:
         log = self.logs.get(run_id)
         if log is None:
             return None
+        if log.journal.log.failure is not None:  # the disk knows where it ends
+            await self._close(log)
+            await asyncio.to_thread(log.journal.close)
+            return None
         following = max([log.next_seq_id - 1, *log.waiting]) + 1
         for seq_id in range(log.next_seq_id, following):
             if seq_id not in log.waiting:
-                future = self._append(log, seq_id, "skip", {})
-                future.set_exception(OpCancelled(f"another client took over run {run_id}"))
+                entry = self._append(log, seq_id, "skip", {})
+                gone = OpCancelled(f"another client took over run {run_id}")
+                self._settle_entry(log, entry, None, gone, False)
+        await asyncio.wrap_future(log.journal.on_disk())
         return following
 
     async def close_run(self, run_id: str) -> None:
-        """Free a run's memory. Operations still waiting fail."""
-        log = self.logs.pop(run_id, None)
+        """Free a run's memory and delete its log. Operations still waiting fail."""
+        log = self.logs.get(run_id)
         if log is None:
             return
-        for entry in log.waiting.values():
-            if not entry.future.done():
-                entry.future.set_exception(NotFound(f"run {run_id} was closed"))
-        await self._in_engine(self.engine.drop_run, run_id)
+        await self._close(log)
+        await asyncio.to_thread(log.journal.delete)
         async with log.publishing:  # what is on its way to the sampler arrives before it is dropped
             if self.sampler is not None:
                 with contextlib.suppress(Unavailable):  # a dead one holds nothing
                     await Op(self.sampler.call("drop_run", run_id))
+
+    async def _close(self, log: RunLog) -> None:
+        del self.logs[log.run_id]
+        log.closed = True
+        gone = NotFound(f"run {log.run_id} was closed")
+        for entry in log.waiting.values():
+            if not entry.future.done():
+                entry.future.set_exception(gone)
+        for waiting in (log.demanded, log.reached and log.reached[1]):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(gone)
+        await self._in_engine(self.engine.drop_run, log.run_id)
+        if log.snapshot is not None:
+            await asyncio.wait({log.snapshot})
 
     async def settle(self) -> None:
         """Wait until what is being saved is saved."""
@@ -305,21 +456,57 @@ class Learner:
                     f"operation {seq_id} of run {run_id} was applied before; "
                     f"its result is no longer kept (next is {log.next_seq_id})"
                 )
-            future = self._append(log, seq_id, kind, args)
+            future = self._append(log, seq_id, kind, args).future
         return await asyncio.shield(future)
 
-    def _append(
-        self, log: RunLog, seq_id: int, kind: str, args: dict[str, Any]
-    ) -> asyncio.Future[Any]:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    def _append(self, log: RunLog, seq_id: int, kind: str, args: dict[str, Any]) -> Entry:
+        """Write an operation down and let it wait for its turn. One that cannot be written fails,
+        and its number is passed over."""
+        try:
+            position = log.journal.write(records.operation(seq_id, kind, args))
+        except (InvalidInput, StorageFailure) as error:
+            entry = self._wait(log, seq_id, "skip", {})
+            log.journal.write_later(records.operation(seq_id, "skip", {}))
+            self._settle_entry(log, entry, None, error, False)
+            return entry
+        entry = self._wait(log, seq_id, kind, args)
+        entry.position = position
+        return entry
+
+    def _wait(self, log: RunLog, seq_id: int, kind: str, args: dict[str, Any]) -> Entry:
         # A result that no caller waits for any more is not an unhandled error.
-        future.add_done_callback(lambda f: f.cancelled() or f.exception())
-        log.waiting[seq_id] = Entry(kind, args, future)
+        future = _unhandled_is_fine(asyncio.get_running_loop().create_future())
+        log.waiting[seq_id] = entry = Entry(kind, args, future, seq_id=seq_id)
         log.results[seq_id] = future
         while len(log.results) > RESULTS_KEPT and next(iter(log.results.values())).done():
             log.results.popitem(last=False)
         self.wake.set()
-        return future
+        return entry
+
+    def _settle_entry(
+        self, log: RunLog, entry: Entry, value: Any, error: BaseException | None, applied: bool
+    ) -> None:
+        """Write down what became of an operation, and give it once that is on disk."""
+        log.journal.seconds += _seconds(value)
+        if applied and entry.kind == "load_state":
+            log.journal.seconds = float("inf")  # the checkpoint may be deleted
+        if entry.kind == "snapshot":
+            log.snapshot = None
+            _settle(entry.future, value, error)
+            if error is not None:
+                logger.warning("no snapshot of run %s: %s", log.run_id, error)
+            self.wake.set()
+        elif not entry.settled:
+            entry.settled = True
+            record = records.result(entry.seq_id, entry.kind, value, error, applied)
+            log.journal.write_result(record)
+
+            def give(written: asyncio.Future[None]) -> None:
+                failure = None if log.closed or written.cancelled() else written.exception()
+                if not entry.future.done():
+                    _settle(entry.future, value, failure or error)
+
+            asyncio.wrap_future(log.journal.on_disk()).add_done_callback(give)
 
     async def withdraw(self, run_id: str, seq_id: int) -> bool:
         """Take an operation that has not started out of the log; its number stays used."""
@@ -327,12 +514,14 @@ class Learner:
         entry = log.waiting.get(seq_id)
         if entry is None and seq_id >= log.next_seq_id:
             # Calls to an asyncio actor may overtake each other: withdrawn before it came.
-            self._append(log, seq_id, "operation", {})
-            entry = log.waiting[seq_id]
-        if entry is None or entry.kind == "skip":
+            entry = self._append(log, seq_id, "operation", {})
+        if entry is None or entry.kind == "skip" or entry.settled:
             return False
-        entry.future.set_exception(OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn"))
+        log.journal.write(records.operation(seq_id, "skip", {}))
+        gone = OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn")
         entry.kind = "skip"
+        self._settle_entry(log, entry, None, gone, False)
+        await asyncio.wait({entry.future})
         return True
 
     def _log(self, run_id: str) -> RunLog:
@@ -340,7 +529,7 @@ class Learner:
         if log is None:
             raise NotFound(
                 f"run {run_id!r} is not open on this learner; "
-                "service.resume_training_client(run_id) opens it from its newest checkpoint"
+                "service.resume_training_client(run_id) opens it again"
             )
         return log
 
@@ -348,12 +537,34 @@ class Learner:
         """The next operation of every run that has it and no batch under way."""
         heads = []
         for log in self.logs.values():
-            if log.under_way is None and log.next_seq_id in log.waiting:
+            if log.reached is not None and log.reached[0] == log.next_seq_id and not log.under_way:
+                log.reached[1].set_result(None)
+                log.reached = None
+            wanted = log.demanded is not None or log.journal.due
+            if wanted and log.under_way is None and log.snapshot is None:
+                heads.append((log, self._snapshot(log)))
+            elif log.under_way is None and log.next_seq_id in log.waiting:
                 entry = log.waiting.pop(log.next_seq_id)
                 log.next_seq_id += 1
                 log.under_way = entry if entry.kind in BATCHES else None
                 heads.append((log, entry))
         return heads
+
+    def _snapshot(self, log: RunLog) -> Entry:
+        """Of a run between two operations; it takes no number."""
+        waiting = [entry.position for entry in log.waiting.values()]
+        about = dict(
+            publish_steps=log.publish_steps,
+            published=log.published,
+            next_seq_id=log.next_seq_id,
+            position=min([log.journal.log.end, *waiting]),
+        )
+        log.journal.seconds = 0.0
+        log.snapshot = log.demanded or _unhandled_is_fine(
+            asyncio.get_running_loop().create_future()
+        )
+        log.demanded = None
+        return Entry("snapshot", about, log.snapshot)
 
     async def _apply_logs(self) -> None:
         while True:
@@ -366,16 +577,17 @@ class Learner:
                     log = self.batches.pop(finished.number)
                     entry, log.under_way = log.under_way, None
                     assert entry is not None
-                    _settle(entry.future, finished.output, finished.error)
+                    applied = entry.kind in EFFECTS and finished.error is None
+                    self._settle_entry(log, entry, finished.output, finished.error, applied)
             else:
                 self.wake.clear()
                 await self.wake.wait()
 
     async def _start(self, heads: list[tuple[RunLog, Entry]]) -> None:
         """Apply operations of different runs, or, of batches, hand them to the engine."""
-        for _, entry in heads:
-            if entry.kind == "skip" and not entry.future.done():
-                entry.future.set_result(None)
+        for log, entry in heads:
+            if entry.kind == "skip":
+                self._settle_entry(log, entry, None, None, False)
         heads = [(log, entry) for log, entry in heads if entry.kind != "skip"]
         if any(entry.kind == "load_state" for _, entry in heads):
             await self._settle_writes()
@@ -383,15 +595,27 @@ class Learner:
         for (log, entry), outcome in zip(heads, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 log.under_way = None
-                entry.future.set_exception(outcome)
+                self._settle_entry(log, entry, None, outcome, False)
             elif entry.kind in BATCHES:
                 self.batches[outcome] = log
             elif isinstance(outcome, Coroutine):
-                task = asyncio.create_task(_finish(outcome, entry.future))
+                task = asyncio.create_task(self._finish(log, entry, outcome))
                 self.finishing.add(task)
                 task.add_done_callback(self.finishing.discard)
             else:
-                entry.future.set_result(outcome)
+                self._settle_entry(log, entry, outcome, None, entry.kind in EFFECTS)
+
+    async def _finish(self, log: RunLog, entry: Entry, outcome: Coroutine[Any, Any, Any]) -> None:
+        result, error = None, None
+        try:
+            result = await outcome
+        except (TinsmithError, OSError, ValueError) as failure:
+            error = failure
+        except BaseException as failure:
+            error = TinsmithError(f"{type(failure).__name__}: {failure}")
+            raise
+        finally:
+            self._settle_entry(log, entry, result, error, entry.kind in EFFECTS)
 
     async def _settle_writes(self) -> None:
         if self.finishing:
@@ -416,6 +640,7 @@ class Learner:
         steps = self._steps(due) if due else {}
         outcomes: list[Any] = []
         for log, entry in heads:
+            log.given_before = entry.settled
             try:
                 outcomes.append(self._apply(log, entry, steps))
             except Exception as error:
@@ -448,11 +673,30 @@ class Learner:
 
     def _op_publish(
         self, log: RunLog, keep: bool, every_step: bool
-    ) -> Coroutine[Any, Any, PublishResponse]:
+    ) -> Coroutine[Any, Any, PublishResponse] | None:
         """Make the weights the run's newest. `keep` holds this version for clients pinned to it
         when newer ones come; `every_step` publishes after every later step too."""
-        log.publish_steps = log.publish_steps or every_step
+        log.publish_steps, log.published = log.publish_steps or every_step, True
+        if log.given_before and not log.republish:
+            return None
         return self._publication(log.run_id, keep)
+
+    def _op_snapshot(self, log: RunLog, **about: Any) -> Coroutine[Any, Any, None]:
+        state, version, share = self._whole_state(log.run_id)
+        lora = self.engine.runs[log.run_id].config
+
+        async def write() -> None:
+            # What is under way before it, as saving, has its result in the log or in here.
+            before = about["next_seq_id"]
+            waiting = {f for i, f in log.results.items() if i < before and not f.done()}
+            if waiting:
+                await asyncio.wait(waiting)
+            await asyncio.wrap_future(log.journal.on_disk())
+            results = log.journal.results(before)
+            all_about = About(log.run_key, lora, version, share, results=results, **about)
+            await asyncio.to_thread(log.journal.save, all_about, state)
+
+        return write()
 
     def _op_set_share(self, log: RunLog, share: float) -> None:
         self.engine.queue.weights[log.run_id] = share
@@ -472,13 +716,13 @@ class Learner:
         )
 
     def _op_save_state(self, log: RunLog, name: str, **how: Any) -> Any:
-        return self._save(CheckpointPath(log.run_id, "weights", name), **how)
+        return self._save(log, CheckpointPath(log.run_id, "weights", name), **how)
 
     def _op_save_weights_for_sampler(self, log: RunLog, name: str, **how: Any) -> Any:
-        return self._save(CheckpointPath(log.run_id, "sampler_weights", name), **how)
+        return self._save(log, CheckpointPath(log.run_id, "sampler_weights", name), **how)
 
     def _op_save_weights_external(self, log: RunLog, name: str, **how: Any) -> Any:
-        return self._save(CheckpointPath(log.run_id, "external_weights", name), **how)
+        return self._save(log, CheckpointPath(log.run_id, "external_weights", name), **how)
 
     def _op_load_state(self, log: RunLog, path: str, optimizer: bool) -> Any:
         self._load_checkpoint(log.run_id, path, optimizer, False)
@@ -494,7 +738,7 @@ class Learner:
 
     def _with_publication(self, log: RunLog, response: Any) -> Any:
         """`response`, once the weights that came with it are published, if they are to be."""
-        if not log.publish_steps:
+        if not log.publish_steps or log.given_before:
             return response
         publication = self._publication(log.run_id, keep=False)
 
@@ -514,7 +758,9 @@ class Learner:
         async def send() -> PublishResponse:
             started = time.perf_counter()
             # A run's versions reach the sampler in order: the last to arrive is what is live.
-            async with self._log(run_id).publishing:
+            log = self._log(run_id)
+            await asyncio.wrap_future(log.journal.on_disk())
+            async with log.publishing:
                 sampler = await self._sampler()
                 try:
                     await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
@@ -527,6 +773,7 @@ class Learner:
 
     def _save(
         self,
+        log: RunLog,
         path: CheckpointPath,
         user_metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
@@ -540,7 +787,10 @@ class Learner:
         else:
             state = {"params": self.engine.export(path.run_id)}
         version, layout = run.version, run.layout
+        seq_id = log.next_seq_id - 1
+        operation = f"{log.run_key}:{seq_id}"
         manifest = {
+            "operation": operation,
             "base_model": self.base_model,
             "lora": asdict(run.config),
             "version": version,
@@ -568,6 +818,10 @@ class Learner:
             return checkpoint, staged
 
         async def save() -> SaveResponse:
+            # A learner that died may have saved it, before it could write that down.
+            if seq_id <= log.replayed and await self._is_saved(path, operation):
+                return SaveResponse(str(path))
+            await asyncio.wrap_future(log.journal.on_disk())
             async with self.writing:  # in order: of two saves by one name the later one stays
                 checkpoint, staged = await asyncio.to_thread(write)
                 # The controller alone gives out names: saving, copying and deleting cannot collide.
@@ -575,6 +829,14 @@ class Learner:
             return SaveResponse(str(path))
 
         return save()
+
+    async def _is_saved(self, path: CheckpointPath, operation: str) -> bool:
+        try:
+            await Op(self.controller.call("get_checkpoint", str(path)))
+            manifest = await asyncio.to_thread(self.storage.read_manifest, str(path))
+        except NotFound:
+            return False
+        return manifest.get("operation") == operation
 
     def _load_checkpoint(self, run_id: str, path: str, optimizer: bool, resume: bool) -> None:
         """Load weights (and optimizer); `resume` also takes over the checkpoint's version."""
@@ -600,13 +862,12 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
         future.set_exception(error)
 
 
-async def _finish(outcome: Coroutine[Any, Any, Any], future: asyncio.Future[Any]) -> None:
-    try:
-        result = await outcome
-    except (TinsmithError, OSError, ValueError) as error:
-        future.set_exception(error)
-    except BaseException as error:
-        future.set_exception(TinsmithError(f"{type(error).__name__}: {error}"))
-        raise
-    else:
-        future.set_result(result)
+def _unhandled_is_fine(future: asyncio.Future[Any]) -> asyncio.Future[Any]:
+    future.add_done_callback(lambda f: f.cancelled() or f.exception())
+    return future
+
+
+def _seconds(result: Any) -> float:
+    """That doing an operation again would take, by its result."""
+    names = ("forward_s:sum", "backward_s:sum", "optimizer_s")
+    return sum(getattr(result, "metrics", {}).get(name, 0.0) for name in names)

@@ -23,6 +23,14 @@ class OutOfCapacity(TinsmithError):
     """The request is valid but can never fit in the memory or limits configured."""
 
 
+class StorageFailure(TinsmithError):
+    """A file could not be written: the disk is full, read-only or broken. Nothing is half-written."""
+
+
+class CorruptLog(TinsmithError):
+    """A run's log or snapshot is damaged where it was whole before; names the file and the place."""
+
+
 class OpCancelled(TinsmithError):
     """The operation was withdrawn with `Op.cancel()` before it started."""
 
