@@ -38,12 +38,8 @@ class _Concatenation(torch.autograd.Function):
     def forward(
         ctx: Any, own: Tensor, sizes: list[int], dim: int, alike: bool, group: Any
     ) -> Tensor:
-        start = sum(sizes[: dist.get_rank(group)])
-        ctx.own, ctx.dim, ctx.alike, ctx.group = (start, own.shape[dim]), dim, alike, group
-        total = own.new_zeros([*own.shape[:dim], sum(sizes), *own.shape[dim + 1 :]])
-        total.narrow(dim, *ctx.own).copy_(own)
-        dist.all_reduce(total, group=group)
-        return total
+        ctx.own, ctx.dim, ctx.alike, ctx.group = _place(sizes, group), dim, alike, group
+        return _gathered(own, sizes, dim, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,17 +50,25 @@ class _Concatenation(torch.autograd.Function):
 class _Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, terms: Tensor, sizes: list[int], group: Any) -> Tensor:
-        start = sum(sizes[: dist.get_rank(group)])
-        ctx.own, ctx.group, ctx.total = (start, sizes[dist.get_rank(group)]), group, sum(sizes)
-        return _added(terms, group).narrow(0, *ctx.own)
+        ctx.sizes, ctx.group = sizes, group
+        return _added(terms, group).narrow(0, *_place(sizes, group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (own,) = grads
-        total = own.new_zeros(ctx.total, *own.shape[1:])
-        total.narrow(0, *ctx.own).copy_(own)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None, None
+        return _gathered(grads[0], ctx.sizes, 0, ctx.group), None, None
+
+
+def _place(sizes: list[int], group: Any) -> tuple[int, int]:
+    """Where this rank's part of all begins, and its size."""
+    rank = dist.get_rank(group)
+    return sum(sizes[:rank]), sizes[rank]
+
+
+def _gathered(own: Tensor, sizes: list[int], dim: int, group: Any) -> Tensor:
+    total = own.new_zeros([*own.shape[:dim], sum(sizes), *own.shape[dim + 1 :]])
+    total.narrow(dim, *_place(sizes, group)).copy_(own)
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def _added(values: Tensor, group: Any) -> Tensor:

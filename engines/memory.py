@@ -50,12 +50,8 @@ class PassShape:
     own: tuple[int, int] | None = None
 
     @property
-    def _own(self) -> tuple[int, int]:
-        return self.own or (0, len(self.segments))
-
-    @property
     def rows(self) -> int:
-        first, last = self._own
+        first, last = self.own or (0, len(self.segments))
         return sum(self.segments[first:last])
 
     @property
@@ -69,14 +65,9 @@ class PassShape:
         of each, and keys that each of them sees. One that stands alone copies nothing."""
         return [
             (count, self.segments[i], self.segments[i] + sum(self.segments[j] for j in path))
-            for i, count in self._alike()
+            for i, count in alike(self.segments, self.paths, self.own)
             if (path := self.paths[i])
         ]
-
-    def _alike(self) -> list[tuple[int, int]]:
-        first, last = self._own
-        groups = alike(self.segments[first:last], self.paths[first:last])
-        return [(first + index, count) for index, count in groups]
 
     def share(self, ranks: int) -> PassShape:
         """Of the last of several ranks that share its rows, whose rows see the most keys."""

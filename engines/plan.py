@@ -18,7 +18,7 @@ from ..primitives.errors import InvalidInput
 from ..primitives.types import ExpertAdapters, LoraConfig
 from .backbone import DTYPES, adapter_targets
 from .layout import Layout
-from .lora import AdapterLayout
+from .lora import AdapterLayout, Shape
 from .memory import FLOAT, GATHERED_LAYERS, MemoryModel, PassShape
 
 PASS_ROWS = 2048
@@ -30,13 +30,15 @@ MOST = 1024  # devices that are looked for where those given do not do
 @dataclass(frozen=True)
 class ModelSizes:
     """Numbers in a model: of a decoder layer those that tensor ranks share out, those that each of them has,
-    and those of its routed experts; and all that is outside of the layers."""
+    and those of its routed experts; and all that is outside of the layers. `targets`: what an adapter may
+    train."""
 
     layers: int
     cut: int
     whole: int
     experts: int
     outside: int
+    targets: dict[str, Shape]
 
     @classmethod
     def of(cls, config: Any) -> ModelSizes:
@@ -58,7 +60,8 @@ class ModelSizes:
             counts[kind] += parameter.numel()
         layers = config.num_hidden_layers
         of_layer = {k: counts[k] // layers for k in ("cut", "whole", "experts")}
-        return cls(layers, outside=counts["outside"], **of_layer)
+        targets = adapter_targets(model)
+        return cls(layers, outside=counts["outside"], targets=targets, **of_layer)
 
     @property
     def total(self) -> int:
@@ -149,7 +152,8 @@ class Planner:
         self.config, self.demand, self.memory = config, demand, memory
         self.sizes = ModelSizes.of(config)
         self.item = DTYPES[demand.weights].itemsize  # type: ignore[index]
-        self.adapter = _adapter_layout(config, demand)
+        lora = LoraConfig(rank=demand.rank, train_unembed=False, experts=demand.experts)
+        self.adapter = AdapterLayout.of(lora, self.sizes.targets)
         self.num_experts: int = getattr(config, "num_experts", None) or 0
 
     def estimate(self, layout: Layout) -> Estimate:
@@ -227,11 +231,3 @@ class Planner:
             except InvalidInput:
                 continue
             yield layout
-
-
-def _adapter_layout(config: Any, demand: Demand) -> AdapterLayout:
-    """Of a run on attention and MLP."""
-    with init_empty_weights():
-        targets = adapter_targets(AutoModelForCausalLM.from_config(config))
-    lora = LoraConfig(rank=demand.rank, train_unembed=False, experts=demand.experts)
-    return AdapterLayout.of(lora, targets)

@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def alike(segments: Sequence[int], paths: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+def alike(
+    segments: Sequence[int], paths: Sequence[tuple[int, ...]], own: tuple[int, int] | None = None
+) -> list[tuple[int, int]]:
     """`(segment, how many)`: neighbours of one length and with the same ancestors, which are
-    attended to together."""
+    attended to together. `own`: of segments `[first, last)` alone."""
     groups: list[tuple[int, int]] = []
-    for index, (length, path) in enumerate(zip(segments, paths, strict=True)):
+    for index in range(*(own or (0, len(segments)))):
         first, count = groups[-1] if groups else (0, 0)
-        if count and segments[first] == length and paths[first] == path:
+        if count and segments[first] == segments[index] and paths[first] == paths[index]:
             groups[-1] = (first, count + 1)
         else:
             groups.append((index, 1))
@@ -78,10 +80,8 @@ class TreeAttention:
         self.segments = list(segments)
         self.paths = list(paths)
         self.queries_per_key = queries_per_key
-        first, last = own or (0, len(self.segments))
-        self.before = sum(self.segments[:first])  # rows
-        groups = alike(self.segments[first:last], self.paths[first:last])
-        self.alike = [(first + index, count) for index, count in groups]
+        self.before = sum(self.segments[: own[0] if own else 0])  # rows
+        self.alike = alike(self.segments, self.paths, own)
         self.masks = {
             index: self._mask(self.segments[index], sum(self.segments[i] for i in path), device)
             for index, _ in self.alike

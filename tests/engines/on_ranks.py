@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 import torch.multiprocessing as multiprocessing
 
@@ -28,11 +30,19 @@ def on_ranks(
     ports = [open_store(HOST) for _ in paths]
     multiprocessing.start_processes(
         _rank,
-        (parsed, paths, [store.port for store in ports], function, around, out),
+        (parsed, paths, [store.port for store in ports], *map(_by_value, (function, around)), out),
         nprocs=parsed.world,
         start_method="forkserver",
     )
     return torch.load(out, weights_only=False)
+
+
+def _by_value(function: Any) -> bytes:
+    """Test modules go by other names in the ranks, which start without pytest."""
+    if function is not None:
+        defined_in = getattr(function, "func", function).__module__
+        cloudpickle.register_pickle_by_value(sys.modules[defined_in])
+    return cloudpickle.dumps(function)
 
 
 def _rank(
@@ -40,11 +50,12 @@ def _rank(
     layout: Layout,
     paths: list[str],
     ports: list[int],
-    function: Any,
-    around: Any,
+    pickled: bytes,
+    pickled_around: bytes,
     out: Path,
 ) -> None:
     torch.set_num_threads(1)
+    function, around = map(cloudpickle.loads, (pickled, pickled_around))
     told, teller = [], 0 if around is None else layout.world - 1
     for path, port in zip(paths, ports, strict=True):
         ranks = Ranks(layout, rank, open_store(HOST, port), "cpu")
