@@ -50,6 +50,7 @@ from .sampler_pool import SamplerPool
 from .scaling import Replicas
 from .storage import Storage
 from .threads import ENGINE_ENV
+from .wal import REPLAY_SECONDS
 
 EXPIRY_SECONDS = 60.0
 
@@ -78,6 +79,7 @@ class Controller:
         base_weights: BaseWeights = "auto",
         reorder_sampler_weights: bool = False,
         layout: Layout | Literal["auto"] | None = None,
+        replay_seconds: float = REPLAY_SECONDS,
     ) -> None:
         self.home = home
         self.registry = Registry(f"{home}/registry.sqlite")
@@ -91,6 +93,7 @@ class Controller:
         self.base_weights: BaseWeights = base_weights
         self.reorder_sampler_weights = reorder_sampler_weights
         self.layout = layout
+        self.replay_seconds = replay_seconds
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
         self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
@@ -204,6 +207,7 @@ class Controller:
                     self.learners,
                     self.base_weights,
                     place.layout,
+                    self.replay_seconds,
                 )
             )
             handle = RayHandle(actor, "learner")
@@ -367,9 +371,6 @@ class Controller:
                 with contextlib.suppress(NotFound):
                     grant = await self._reopened(run)
                     following = await Op(grant.learner.call("take_over", run_id))
-                    if following is None:  # its log has failed in memory; on disk it is whole
-                        grant = await self._reopened(run)
-                        following = await Op(grant.learner.call("take_over", run_id))
                     self.registry.touch_run(run_id)
                     return replace(grant, next_seq_id=following)
                 checkpoints = self.registry.checkpoints(run_id, "weights")

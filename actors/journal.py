@@ -1,8 +1,8 @@
 """What keeps a run: its log and its snapshots, in `runs/<id>/log` below the home.
 
 Opening a run begins with a snapshot. Every operation is written when it comes, every result before
-it is given. When going on from the last snapshot would take too long, a new one is due, and what
-it covers of the log is deleted.
+it is given. When going on from the last snapshot would take too long, a new one is due. The one
+before it is kept, with what comes after it in the log, in case the last is damaged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from .records import Record
 from .snapshots import About
 from .wal import Log, SyncThread
 
-REPLAY_SECONDS = 30.0
 READ_BYTES_PER_SECOND = 50e6  # reading and decoding a log, roughly; part of what replay takes
 SNAPSHOT_RESULTS = 1024
 SNAPSHOT_RESULT_BYTES = 64 << 20
@@ -47,6 +46,8 @@ class Journal:
         self.folder = folder
         self.replay_seconds = replay_seconds
         self.seconds = 0.0  # that replay would take
+        self._longest = 0.0  # of one operation
+        self._earlier = 0  # from where on the last snapshot needs the log
         self.log = Log(folder, thread)
         self._results: OrderedDict[int, Record] = OrderedDict()
         self._result_bytes = 0
@@ -76,20 +77,13 @@ class Journal:
         return cls(folder, thread, replay_seconds)
 
     def read(self) -> tuple[About, dict[str, Tensor], list[tuple[int, Record]]]:
-        """The newest snapshot and what the log has after it, with its positions.
+        """The newest snapshot that is whole and what the log has after it, with its positions.
 
         Raises:
             CorruptLog: one of them is damaged.
         """
-        found = snapshots.read(self.folder)
-        if found is None:
-            raise CorruptLog(f"{self.folder} holds no snapshot to go on from")
-        about, state = found
-        if not self.log.start <= about.position <= self.log.end:
-            raise CorruptLog(
-                f"the log in {self.folder} covers bytes {self.log.start:,} to {self.log.end:,}; "
-                f"its snapshot goes on at {about.position:,}"
-            )
+        about, state = self._snapshot()
+        self._earlier = about.position
         after = []
         for position, payload in self.log.records():
             try:
@@ -99,6 +93,33 @@ class Journal:
             if record.seq_id >= about.next_seq_id:
                 after.append((position, record))
         return about, state, after
+
+    def _snapshot(self) -> tuple[About, dict[str, Tensor]]:
+        damaged: dict[Path, CorruptLog] = {}
+        for snapshot in reversed(snapshots.there(self.folder)):
+            try:
+                about, state = snapshots.read(snapshot)
+                self._check_covers(about)
+            except CorruptLog as error:
+                damaged[snapshot] = error
+                continue
+            for path, why in damaged.items():
+                logger.warning("%s: going on from %s", why, snapshot.name)
+                snapshots.set_aside(path)
+            return about, state
+        found = "; ".join(map(str, damaged.values())) or f"{self.folder} holds no snapshot"
+        raise CorruptLog(f"{found}. Resume the run from a checkpoint (path=...)")
+
+    def _check_covers(self, about: About) -> None:
+        """
+        Raises:
+            CorruptLog: the log has not all that comes after that snapshot.
+        """
+        if not self.log.start <= about.position <= self.log.end:
+            raise CorruptLog(
+                f"the log in {self.folder} covers bytes {self.log.start:,} to {self.log.end:,}; "
+                f"the snapshot before operation {about.next_seq_id} goes on at {about.position:,}"
+            )
 
     def write(self, record: Record) -> int:
         """Write a record after all before it; returns its position.
@@ -142,19 +163,26 @@ class Journal:
         """Done once all that was written is on disk."""
         return self.log.synced()
 
+    def took(self, seconds: float) -> None:
+        """An operation that replay would do again took so long."""
+        self.seconds += seconds
+        self._longest = max(self._longest, seconds)
+
     @property
     def due(self) -> bool:
-        """Whether a snapshot is."""
-        return self.seconds > self.replay_seconds
+        """Whether a snapshot is: with one more operation replay could take too long."""
+        another = min(self._longest, self.replay_seconds / 2)
+        return self.seconds + another > self.replay_seconds
 
     def save(self, about: About, state: dict[str, Tensor]) -> None:
-        """Write a snapshot and delete what it covers.
+        """Write a snapshot, and delete what neither it nor the one before needs.
 
         Raises:
             StorageFailure: it could not be written; what there was stays.
         """
         snapshots.write(self.folder, about, state)
-        self.log.trim(about.position)
+        self.log.trim(self._earlier)
+        self._earlier = about.position
 
     def close(self) -> None:
         """Wait until all is on disk."""

@@ -17,10 +17,10 @@ import contextlib
 import json
 import logging
 import time
-from collections import OrderedDict
+from collections import defaultdict
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from ..engines.memory_budget import available_bytes
 from ..engines.models import copies_folder
 from ..engines.passes import Group, PassRunner
 from ..primitives.errors import (
-    CorruptLog,
     InvalidInput,
     NotFound,
     OpCancelled,
@@ -59,70 +58,17 @@ from ..primitives.types import (
 )
 from ..primitives.validation import check_ttl
 from . import records
-from .journal import REPLAY_SECONDS, Journal, log_folder, new_run_key
-from .records import Record
+from .journal import Journal, log_folder, new_run_key
+from .run_log import BATCHES, EFFECTS, Entry, RunLog, finish, unhandled_is_fine
 from .snapshots import About
 from .storage import MANIFEST, Storage
 from .threads import engine_device, set_engine_threads
-from .wal import SyncThread
+from .wal import REPLAY_SECONDS, SyncThread
 
-RESULTS_KEPT = 4096
-BATCHES = ("forward", "forward_backward")  # what takes passes of the engine
-# What changes a run's state, and so is done again when its log is replayed.
-EFFECTS = ("forward_backward", "optim_step", "load_state", "set_share", "publish")
 PROGRESS_SECONDS = 5.0  # between lines about a replay
+MEND_SECONDS = 1.0  # between attempts to open a run's log again
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Entry:
-    """`position`: in the run's log. `settled`: its result has been written down, in this life or
-    in one before."""
-
-    kind: str
-    args: dict[str, Any]
-    future: asyncio.Future[Any]
-    arrived: float = field(default_factory=time.perf_counter)
-    seq_id: int = 0
-    position: int = 0
-    settled: bool = False
-
-
-@dataclass
-class RunLog:
-    """One run's operations: those waiting by number, the batch under way, and the results of those
-    applied.
-
-    Attributes:
-        run_key: names this opening of the run in the checkpoints that it saves.
-        publish_steps, published: whether every operation that changes the weights publishes them,
-            and whether any has.
-        replayed: operations up to this number had come to a learner before this one.
-        given_before: the operation being applied had its result from a learner before this one.
-        republish: the samplers have nothing of it: they are to get again what they had.
-        snapshot: the one under way.
-        demanded: a snapshot that is to be taken whatever it costs.
-        reached: done when that number is the next.
-    """
-
-    run_id: str
-    journal: Journal
-    run_key: str
-    next_seq_id: int = 1
-    publish_steps: bool = False
-    published: bool = False
-    replayed: int = 0
-    republish: bool = False
-    given_before: bool = False
-    closed: bool = False
-    publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    waiting: dict[int, Entry] = field(default_factory=dict)
-    under_way: Entry | None = None
-    results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
-    snapshot: asyncio.Future[Any] | None = None
-    demanded: asyncio.Future[Any] | None = None
-    reached: tuple[int, asyncio.Future[Any]] | None = None
 
 
 class Learner:
@@ -155,6 +101,8 @@ class Learner:
         self.weights: BaseWeights = weights
         self.copies = copies_folder(storage_root)
         self.logs: dict[str, RunLog] = {}
+        self.recovering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.mending: dict[str, asyncio.Task[None]] = {}  # runs whose log their disk has failed
         self.batches: dict[int, RunLog] = {}  # under way, by the engine's number
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -239,8 +187,7 @@ class Learner:
         if path is not None:
             await self._settle_writes()
             await asyncio.to_thread(self.storage.read_manifest, path)  # before anything is closed
-        if run_id in self.logs:
-            await self.close_run(run_id)
+        await self.close_run(run_id)
         await self._in_engine(self.engine.create_run, run_id, lora)
         try:
             if path is not None:
@@ -262,8 +209,20 @@ class Learner:
         except BaseException:
             await self._in_engine(self.engine.drop_run, run_id)
             raise
-        self.logs[run_id] = RunLog(run_id, journal, about.run_key, next_seq_id)
+        self.logs[run_id] = self._run_log(run_id, journal, about)
         return next_seq_id
+
+    def _run_log(self, run_id: str, journal: Journal, about: About) -> RunLog:
+        return RunLog(
+            run_id,
+            journal,
+            about.run_key,
+            self.wake.set,
+            self._mend_soon,
+            about.next_seq_id,
+            about.publish_steps,
+            about.published,
+        )
 
     def _log_folder(self, run_id: str) -> Path:
         return Path(self.storage.root, log_folder(run_id))
@@ -284,91 +243,60 @@ class Learner:
         Raises:
             StorageFailure: it cannot be written; the log has everything all the same.
         """
-        log = self._log(run_id)
-        if log.demanded is None:
-            log.demanded = _unhandled_is_fine(asyncio.get_running_loop().create_future())
-        self.wake.set()
-        await asyncio.shield(log.demanded)
+        await asyncio.shield(self._log(run_id).demand_snapshot())
 
     def _whole_state(self, run_id: str) -> tuple[dict[str, torch.Tensor], int, float]:
         """State, version and share."""
         share = self.engine.queue.weights[run_id]
         return self.engine.state(run_id, True), self.engine.runs[run_id].version, share
 
-    async def recover(self, run_id: str) -> int:
+    async def recover(self, run_id: str, crashed: bool = True) -> int:
         """Open a run where its log ends: its last snapshot, and the operations since then applied
         again. Results that were given are given again; returns the number of the next operation.
 
+        Args:
+            crashed: the learner that had it died (or the service ended).
+
         Raises:
-            CorruptLog: the log or the snapshot is damaged.
+            CorruptLog: the log or the snapshot is damaged, or a checkpoint that was loaded since then
+                is gone.
+            OperationCrashed: replaying it has killed learners.
+            StorageFailure: the log cannot be written.
             Unavailable: another process has the run open.
         """
-        if run_id in self.logs:
-            return self.logs[run_id].next_seq_id
-        folder = self._log_folder(run_id)
-        journal = await asyncio.to_thread(Journal, folder, self.sync_thread, self.replay_seconds)
-        try:
-            about, state, written = await asyncio.to_thread(journal.read)
-            await self._in_engine(self.engine.create_run, run_id, about.lora, about.share)
-            params = state.pop("params")
-            await self._in_engine(self.engine.load, run_id, params, state, about.version)
-        except BaseException:
-            await self._in_engine(self.engine.drop_run, run_id)
-            await asyncio.to_thread(journal.close)
-            raise
-        log = RunLog(
-            run_id,
-            journal,
-            about.run_key,
-            about.next_seq_id,
-            about.publish_steps,
-            about.published,
-        )
-        for record in about.results:
-            self._remember(log, record)
-        self._enter(log, written)
-        if log.published or any(record.kind == "publish" for _, record in written):
-            sampler = await self._sampler()
-            log.republish = await Op(sampler.call("latest_version", run_id)) is None
-        self.logs[run_id] = log
-        await self._replay(log)
-        if log.published and log.republish:
-            log.republish = False
-            await (await self._in_engine(self._publication, run_id, False))
-        return log.next_seq_id
-
-    def _remember(self, log: RunLog, record: Record) -> asyncio.Future[Any]:
-        """A result that may be asked for again."""
-        future = _unhandled_is_fine(asyncio.get_running_loop().create_future())
-        _settle(future, *record.outcome())
-        log.results[record.seq_id] = future
-        log.journal.keep(record)
-        return future
-
-    def _enter(self, log: RunLog, written: list[tuple[int, Record]]) -> None:
-        """Let what the log holds wait for its turn again."""
-        results = {r.seq_id: r for _, r in written if r.what == "result"}
-        operations = {r.seq_id: (at, r) for at, r in written if r.what == "operation"}
-        for seq_id, (position, record) in sorted(operations.items()):
-            result, kind, args = results.get(seq_id), record.kind, {}
-            if result is not None and not result.applied:
-                kind = "skip"  # it changed nothing
+        async with self.recovering[run_id]:
+            if crashed and (run_id in self.logs or run_id in self.mending):
+                return self._log(run_id).next_seq_id
+            how = (self._log_folder(run_id), self.sync_thread, self.replay_seconds)
+            journal, log = await asyncio.to_thread(Journal, *how), None
             try:
-                args = {} if kind == "skip" else record.args()
-            except InvalidInput as error:
-                if result is not None:
-                    raise CorruptLog(f"{log.journal.log.place(position)}: {error}") from None
-                # It was refused as such, or would have been.
-                result = records.result(seq_id, kind, None, error, False)
-                log.journal.write_later(result)
-                kind = "skip"
-            if result is None:
-                entry = self._wait(log, seq_id, kind, args)
-            else:
-                future = self._remember(log, result)
-                log.waiting[seq_id] = entry = Entry(kind, args, future, seq_id=seq_id, settled=True)
-            entry.position = position
-            log.replayed = max(log.replayed, seq_id)
+                about, state, written = await asyncio.to_thread(journal.read)
+                log = self._run_log(run_id, journal, about)
+                for record in about.results:
+                    log.remember(record)
+                log.enter(written, crashed)
+                await self._in_engine(self.engine.create_run, run_id, about.lora, about.share)
+                params = state.pop("params")
+                await self._in_engine(self.engine.load, run_id, params, state, about.version)
+                if log.published or any(record.kind == "publish" for _, record in written):
+                    sampler = await self._sampler()
+                    log.republish = await Op(sampler.call("latest_version", run_id)) is None
+                self.logs[run_id] = log
+                await self._replay(log)
+                if log.published and log.republish:
+                    log.republish = False
+                    await (await self._in_engine(self._publication, log, False))
+                if log.journal.log.failure is not None:
+                    raise log.journal.log.failure
+                if crashed:
+                    log.mark_recovery(over=True)
+                return log.next_seq_id
+            except BaseException:
+                if log is not None:
+                    await self._forget(log)
+                await self._settle_writes()
+                await asyncio.to_thread(journal.close)
+                raise
 
     async def _replay(self, log: RunLog) -> None:
         """Wait until what waits without a gap is applied."""
@@ -379,7 +307,7 @@ class Learner:
         if last is None:
             return
         began = time.perf_counter()
-        done = asyncio.get_running_loop().create_future()
+        done = unhandled_is_fine(asyncio.get_running_loop().create_future())
         log.reached = (end, done)
         self.wake.set()
         while not done.done():
@@ -395,27 +323,21 @@ class Learner:
                 )
         done.result()
 
-    async def take_over(self, run_id: str) -> int | None:
-        """Where a new client's operations go on, after all that has arrived; None if the run is
-        not open. Numbers that the client before it took but never sent are passed over."""
-        log = self.logs.get(run_id)
-        if log is None:
-            return None
-        if log.journal.log.failure is not None:  # the disk knows where it ends
-            await self._close(log)
-            await asyncio.to_thread(log.journal.close)
-            return None
+    async def take_over(self, run_id: str) -> int:
+        """Where a new client's operations go on, after all that has arrived. Numbers that the client
+        before it took but never sent are passed over."""
+        log = self._log(run_id)
         following = max([log.next_seq_id - 1, *log.waiting]) + 1
-        for seq_id in range(log.next_seq_id, following):
-            if seq_id not in log.waiting:
-                entry = self._append(log, seq_id, "skip", {})
-                gone = OpCancelled(f"another client took over run {run_id}")
-                self._settle_entry(log, entry, None, gone, False)
+        log.pass_over_missing(following, OpCancelled(f"another client took over run {run_id}"))
         await asyncio.wrap_future(log.journal.on_disk())
         return following
 
     async def close_run(self, run_id: str) -> None:
         """Free a run's memory and delete its log. Operations still waiting fail."""
+        mending = self.mending.pop(run_id, None)
+        if mending is not None:
+            mending.cancel()
+            await asyncio.wait({mending})
         log = self.logs.get(run_id)
         if log is None:
             return
@@ -427,18 +349,59 @@ class Learner:
                     await Op(self.sampler.call("drop_run", run_id))
 
     async def _close(self, log: RunLog) -> None:
-        del self.logs[log.run_id]
         log.closed = True
         gone = NotFound(f"run {log.run_id} was closed")
-        for entry in log.waiting.values():
-            if not entry.future.done():
-                entry.future.set_exception(gone)
-        for waiting in (log.demanded, log.reached and log.reached[1]):
-            if waiting is not None and not waiting.done():
-                waiting.set_exception(gone)
+        waiting = [entry.future for entry in log.waiting.values()]
+        for future in (*waiting, log.demanded, log.reached and log.reached[1]):
+            if future is not None and not future.done():
+                future.set_exception(gone)
+        await self._forget(log)
+
+    async def _forget(self, log: RunLog) -> None:
+        """Free its memory."""
+        if self.logs.get(log.run_id) is log:
+            del self.logs[log.run_id]
         await self._in_engine(self.engine.drop_run, log.run_id)
         if log.snapshot is not None:
             await asyncio.wait({log.snapshot})
+
+    # ---- disks that fail ----
+
+    def _mend_soon(self, log: RunLog) -> None:
+        if self.logs.get(log.run_id) is log and not self.recovering[log.run_id].locked():
+            self.mending[log.run_id] = asyncio.create_task(self._mend(log))
+
+    async def _mend(self, log: RunLog) -> None:
+        """Open a run again when the disk that failed its log takes it again: what was on disk goes
+        on, as after a crash, and whoever waits for it gets it."""
+        logger.warning("run %s: %s; opening it again", log.run_id, log.journal.log.failure)
+        try:
+            await self._forget(log)
+            await self._settle_writes()
+            await asyncio.to_thread(log.journal.close)
+            while True:
+                try:
+                    await self.recover(log.run_id, crashed=False)
+                    break
+                except StorageFailure as error:
+                    logger.warning("run %s: %s; trying again", log.run_id, error)
+                    await asyncio.sleep(MEND_SECONDS)
+            again = self.logs[log.run_id]
+            for seq_id, entry in log.unanswered.items():
+                if not entry.future.done():
+                    result = again.results[seq_id]
+                    result.add_done_callback(partial(_pass_on, entry.future))
+        except BaseException as error:
+            gone = error if isinstance(error, TinsmithError) else NotFound("the run was closed")
+            for entry in log.unanswered.values():
+                if not entry.future.done():
+                    entry.future.set_exception(gone)
+            if not isinstance(error, TinsmithError):
+                raise
+            logger.warning("run %s could not be opened again: %s", log.run_id, error)
+        finally:
+            if self.mending.get(log.run_id) is asyncio.current_task():
+                del self.mending[log.run_id]
 
     async def settle(self) -> None:
         """Wait until what is being saved is saved."""
@@ -446,8 +409,15 @@ class Learner:
 
     # ---- the log ----
 
-    async def submit(self, run_id: str, seq_id: int, kind: str, args: dict[str, Any]) -> Any:
-        """Append operation `seq_id` to a run's log and wait for its result."""
+    async def submit(
+        self, run_id: str, seq_id: int, kind: str, args: dict[str, Any], answered: int = 1
+    ) -> Any:
+        """Append operation `seq_id` to a run's log and wait for its result.
+
+        Args:
+            answered: the client knows what became of all operations before this number: those that
+                are missing were refused, and are passed over.
+        """
         log = self._log(run_id)
         future = log.results.get(seq_id)
         if future is None:
@@ -456,57 +426,10 @@ class Learner:
                     f"operation {seq_id} of run {run_id} was applied before; "
                     f"its result is no longer kept (next is {log.next_seq_id})"
                 )
-            future = self._append(log, seq_id, kind, args).future
+            refused = StorageFailure("it was refused, by a learner that died since")
+            log.pass_over_missing(min(answered, seq_id), refused)
+            future = log.append(seq_id, kind, args).future
         return await asyncio.shield(future)
-
-    def _append(self, log: RunLog, seq_id: int, kind: str, args: dict[str, Any]) -> Entry:
-        """Write an operation down and let it wait for its turn. One that cannot be written fails,
-        and its number is passed over."""
-        try:
-            position = log.journal.write(records.operation(seq_id, kind, args))
-        except (InvalidInput, StorageFailure) as error:
-            entry = self._wait(log, seq_id, "skip", {})
-            log.journal.write_later(records.operation(seq_id, "skip", {}))
-            self._settle_entry(log, entry, None, error, False)
-            return entry
-        entry = self._wait(log, seq_id, kind, args)
-        entry.position = position
-        return entry
-
-    def _wait(self, log: RunLog, seq_id: int, kind: str, args: dict[str, Any]) -> Entry:
-        # A result that no caller waits for any more is not an unhandled error.
-        future = _unhandled_is_fine(asyncio.get_running_loop().create_future())
-        log.waiting[seq_id] = entry = Entry(kind, args, future, seq_id=seq_id)
-        log.results[seq_id] = future
-        while len(log.results) > RESULTS_KEPT and next(iter(log.results.values())).done():
-            log.results.popitem(last=False)
-        self.wake.set()
-        return entry
-
-    def _settle_entry(
-        self, log: RunLog, entry: Entry, value: Any, error: BaseException | None, applied: bool
-    ) -> None:
-        """Write down what became of an operation, and give it once that is on disk."""
-        log.journal.seconds += _seconds(value)
-        if applied and entry.kind == "load_state":
-            log.journal.seconds = float("inf")  # the checkpoint may be deleted
-        if entry.kind == "snapshot":
-            log.snapshot = None
-            _settle(entry.future, value, error)
-            if error is not None:
-                logger.warning("no snapshot of run %s: %s", log.run_id, error)
-            self.wake.set()
-        elif not entry.settled:
-            entry.settled = True
-            record = records.result(entry.seq_id, entry.kind, value, error, applied)
-            log.journal.write_result(record)
-
-            def give(written: asyncio.Future[None]) -> None:
-                failure = None if log.closed or written.cancelled() else written.exception()
-                if not entry.future.done():
-                    _settle(entry.future, value, failure or error)
-
-            asyncio.wrap_future(log.journal.on_disk()).add_done_callback(give)
 
     async def withdraw(self, run_id: str, seq_id: int) -> bool:
         """Take an operation that has not started out of the log; its number stays used."""
@@ -514,18 +437,23 @@ class Learner:
         entry = log.waiting.get(seq_id)
         if entry is None and seq_id >= log.next_seq_id:
             # Calls to an asyncio actor may overtake each other: withdrawn before it came.
-            entry = self._append(log, seq_id, "operation", {})
+            entry = log.append(seq_id, "operation", {})
         if entry is None or entry.kind == "skip" or entry.settled:
             return False
         log.journal.write(records.operation(seq_id, "skip", {}))
         gone = OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn")
         entry.kind = "skip"
-        self._settle_entry(log, entry, None, gone, False)
+        log.settle(entry, None, gone, False)
         await asyncio.wait({entry.future})
         return True
 
     def _log(self, run_id: str) -> RunLog:
         log = self.logs.get(run_id)
+        if run_id in self.mending or (log is not None and log.failed):
+            raise StorageFailure(
+                f"the log of run {run_id} cannot be written: its disk is full or broken. Nothing was "
+                "done; try again when there is room"
+            )
         if log is None:
             raise NotFound(
                 f"run {run_id!r} is not open on this learner; "
@@ -534,37 +462,15 @@ class Learner:
         return log
 
     def _take_heads(self) -> list[tuple[RunLog, Entry]]:
-        """The next operation of every run that has it and no batch under way."""
-        heads = []
+        """The next operation of every run that has it and no batch under way; where learners have
+        died of one, that one alone."""
         for log in self.logs.values():
-            if log.reached is not None and log.reached[0] == log.next_seq_id and not log.under_way:
-                log.reached[1].set_result(None)
-                log.reached = None
-            wanted = log.demanded is not None or log.journal.due
-            if wanted and log.under_way is None and log.snapshot is None:
-                heads.append((log, self._snapshot(log)))
-            elif log.under_way is None and log.next_seq_id in log.waiting:
-                entry = log.waiting.pop(log.next_seq_id)
-                log.next_seq_id += 1
-                log.under_way = entry if entry.kind in BATCHES else None
-                heads.append((log, entry))
-        return heads
-
-    def _snapshot(self, log: RunLog) -> Entry:
-        """Of a run between two operations; it takes no number."""
-        waiting = [entry.position for entry in log.waiting.values()]
-        about = dict(
-            publish_steps=log.publish_steps,
-            published=log.published,
-            next_seq_id=log.next_seq_id,
-            position=min([log.journal.log.end, *waiting]),
-        )
-        log.journal.seconds = 0.0
-        log.snapshot = log.demanded or _unhandled_is_fine(
-            asyncio.get_running_loop().create_future()
-        )
-        log.demanded = None
-        return Entry("snapshot", about, log.snapshot)
+            if log.suspect:
+                idle = not self.batches and not self.finishing
+                entry = log.take_alone() if idle else None
+                return [] if entry is None else [(log, entry)]
+        heads = [(log, log.take_head()) for log in self.logs.values()]
+        return [(log, entry) for log, entry in heads if entry is not None]
 
     async def _apply_logs(self) -> None:
         while True:
@@ -578,7 +484,7 @@ class Learner:
                     entry, log.under_way = log.under_way, None
                     assert entry is not None
                     applied = entry.kind in EFFECTS and finished.error is None
-                    self._settle_entry(log, entry, finished.output, finished.error, applied)
+                    log.settle(entry, finished.output, finished.error, applied)
             else:
                 self.wake.clear()
                 await self.wake.wait()
@@ -587,7 +493,7 @@ class Learner:
         """Apply operations of different runs, or, of batches, hand them to the engine."""
         for log, entry in heads:
             if entry.kind == "skip":
-                self._settle_entry(log, entry, None, None, False)
+                log.settle(entry, None, None, False)
         heads = [(log, entry) for log, entry in heads if entry.kind != "skip"]
         if any(entry.kind == "load_state" for _, entry in heads):
             await self._settle_writes()
@@ -595,15 +501,22 @@ class Learner:
         for (log, entry), outcome in zip(heads, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 log.under_way = None
-                self._settle_entry(log, entry, None, outcome, False)
-            elif entry.kind in BATCHES:
+                self._settle(log, entry, None, outcome, False)
+                continue
+            if entry.kind == "load_state":
+                log.rest()  # the checkpoint may be deleted
+            if entry.kind in BATCHES:
                 self.batches[outcome] = log
             elif isinstance(outcome, Coroutine):
                 task = asyncio.create_task(self._finish(log, entry, outcome))
                 self.finishing.add(task)
-                task.add_done_callback(self.finishing.discard)
+                task.add_done_callback(self._finished)
             else:
-                self._settle_entry(log, entry, outcome, None, entry.kind in EFFECTS)
+                self._settle(log, entry, outcome, None, entry.kind in EFFECTS)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self.finishing.discard(task)
+        self.wake.set()
 
     async def _finish(self, log: RunLog, entry: Entry, outcome: Coroutine[Any, Any, Any]) -> None:
         result, error = None, None
@@ -615,7 +528,17 @@ class Learner:
             error = TinsmithError(f"{type(failure).__name__}: {failure}")
             raise
         finally:
-            self._settle_entry(log, entry, result, error, entry.kind in EFFECTS)
+            self._settle(log, entry, result, error, entry.kind in EFFECTS)
+
+    def _settle(
+        self, log: RunLog, entry: Entry, value: Any, error: BaseException | None, applied: bool
+    ) -> None:
+        if entry.kind == "snapshot":
+            log.settle_snapshot(entry, error)
+            if error is not None:
+                logger.warning("no snapshot of run %s: %s", log.run_id, error)
+            return
+        log.settle(entry, value, error, applied)
 
     async def _settle_writes(self) -> None:
         if self.finishing:
@@ -679,9 +602,9 @@ class Learner:
         log.publish_steps, log.published = log.publish_steps or every_step, True
         if log.given_before and not log.republish:
             return None
-        return self._publication(log.run_id, keep)
+        return self._publication(log, keep)
 
-    def _op_snapshot(self, log: RunLog, **about: Any) -> Coroutine[Any, Any, None]:
+    def _op_snapshot(self, log: RunLog, seconds: float, **about: Any) -> Coroutine[Any, Any, None]:
         state, version, share = self._whole_state(log.run_id)
         lora = self.engine.runs[log.run_id].config
 
@@ -690,7 +613,9 @@ class Learner:
             before = about["next_seq_id"]
             waiting = {f for i, f in log.results.items() if i < before and not f.done()}
             if waiting:
-                await asyncio.wait(waiting)
+                there = asyncio.create_task(asyncio.wait(waiting))
+                ends: set[asyncio.Future[Any]] = {there, log.over}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wrap_future(log.journal.on_disk())
             results = log.journal.results(before)
             all_about = About(log.run_key, lora, version, share, results=results, **about)
@@ -740,7 +665,7 @@ class Learner:
         """`response`, once the weights that came with it are published, if they are to be."""
         if not log.publish_steps or log.given_before:
             return response
-        publication = self._publication(log.run_id, keep=False)
+        publication = self._publication(log, keep=False)
 
         async def publish() -> Any:
             published = await publication
@@ -751,14 +676,13 @@ class Learner:
 
         return publish()
 
-    def _publication(self, run_id: str, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
-        run = self.engine.runs[run_id]
+    def _publication(self, log: RunLog, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
+        run_id, run = log.run_id, self.engine.runs[log.run_id]
         flat, version, config = self.engine.export(run_id).numpy(), run.version, run.config
 
         async def send() -> PublishResponse:
             started = time.perf_counter()
             # A run's versions reach the sampler in order: the last to arrive is what is live.
-            log = self._log(run_id)
             await asyncio.wrap_future(log.journal.on_disk())
             async with log.publishing:
                 sampler = await self._sampler()
@@ -855,19 +779,7 @@ class Learner:
         self.engine.load(run_id, params, state, manifest["version"] if resume else None)
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
-
-
-def _unhandled_is_fine(future: asyncio.Future[Any]) -> asyncio.Future[Any]:
-    future.add_done_callback(lambda f: f.cancelled() or f.exception())
-    return future
-
-
-def _seconds(result: Any) -> float:
-    """That doing an operation again would take, by its result."""
-    names = ("forward_s:sum", "backward_s:sum", "optimizer_s")
-    return sum(getattr(result, "metrics", {}).get(name, 0.0) for name in names)
+def _pass_on(future: asyncio.Future[Any], done: asyncio.Future[Any]) -> None:
+    if not future.done() and not done.cancelled():
+        error = done.exception()
+        finish(future, None if error else done.result(), error)

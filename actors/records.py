@@ -1,4 +1,5 @@
-"""What a run's log says: operations as they came, and what became of them."""
+"""What a run's log says: operations as they came, what became of them, and marks that tell which of
+them a learner has died of."""
 
 from __future__ import annotations
 
@@ -52,9 +53,12 @@ _RESULTS: dict[str, Any] = {
 class Record:
     """Operation `seq_id` as it came (`body`: its arguments), or what became of it (`body`: its
     result, if `error` does not name the type and the message of what it raised). `applied`: it
-    took effect on the run's state, also where it failed after that."""
+    took effect on the run's state, also where it failed after that.
 
-    what: Literal["operation", "result"]
+    A mark has no body. `recovery`: a learner replays what comes from `seq_id` on (`applied`: it has).
+    `alone`: the operation is done now, and nothing else (`applied`: it was)."""
+
+    what: Literal["operation", "result", "recovery", "alone"]
     seq_id: int
     kind: str
     body: msgspec.Raw
@@ -107,6 +111,12 @@ def result(
     told = None if error is None else (type(error).__name__, str(error))
     body = msgspec.Raw(codec.encode(None if error is not None else value))
     return Record("result", seq_id, kind, body, applied, told)
+
+
+def mark(
+    what: Literal["recovery", "alone"], seq_id: int, kind: str, *, over: bool = False
+) -> Record:
+    return Record(what, seq_id, kind, msgspec.Raw(codec.encode(None)), over)
 
 
 def decode(payload: bytes) -> Record:

@@ -53,7 +53,7 @@ class About:
 
 
 def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
-    """Make this the newest snapshot in `folder`, and delete those before it.
+    """Make this the newest snapshot in `folder`; of those before it one is kept.
 
     Raises:
         StorageFailure: it could not be written; those before it are still there.
@@ -63,7 +63,7 @@ def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
     data = safetensors.torch.save(kept)
     about = replace(about, checksum=zlib.crc32(data))
     staged = folder / _TEMPORARY
-    earlier = _there(folder)
+    earlier = there(folder)
     number = 1 + (_number(earlier[-1]) if earlier else 0)
     try:
         shutil.rmtree(staged, ignore_errors=True)
@@ -79,39 +79,39 @@ def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise StorageFailure(f"no snapshot could be written to {folder}: {error}") from error
-    for old in earlier:
+    for old in earlier[:-1]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def read(folder: Path) -> tuple[About, dict[str, Tensor]] | None:
-    """The newest snapshot; None if there is none.
+def there(folder: Path) -> list[Path]:
+    """Oldest first."""
+    if not folder.exists():
+        return []
+    return sorted(entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
 
+
+def read(snapshot: Path) -> tuple[About, dict[str, Tensor]]:
+    """
     Raises:
         CorruptLog: it is damaged.
     """
-    there = _there(folder)
-    if not there:
-        return None
-    newest = there[-1]
     try:
-        about = codec.decode((newest / _ABOUT).read_bytes(), About)
-        data = (newest / _STATE).read_bytes()
+        about = codec.decode((snapshot / _ABOUT).read_bytes(), About)
+        data = (snapshot / _STATE).read_bytes()
         if zlib.crc32(data) != about.checksum:
-            raise CorruptLog(f"{newest / _STATE} is damaged: its checksum is another")
+            raise CorruptLog(f"{snapshot / _STATE} is damaged: its checksum is another")
         state = safetensors.torch.load(data)
         params = state["params"]
     except (OSError, msgspec.MsgspecError, SafetensorError, KeyError, ValueError) as error:
-        raise CorruptLog(f"{newest} is damaged: {type(error).__name__}: {error}") from error
+        raise CorruptLog(f"{snapshot} is damaged: {type(error).__name__}: {error}") from error
     for name in ("grad", "exp_avg", "exp_avg_sq"):
         state.setdefault(name, torch.zeros_like(params))
     return about, state
 
 
-def _there(folder: Path) -> list[Path]:
-    """Oldest first."""
-    if not folder.exists():
-        return []
-    return sorted(entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
+def set_aside(snapshot: Path) -> None:
+    """Keep a damaged one for whoever wants to look at it, and read it no more."""
+    snapshot.rename(snapshot.with_name(f"damaged-{snapshot.name}"))
 
 
 def _number(snapshot: Path) -> int:

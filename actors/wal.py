@@ -27,6 +27,7 @@ from ..primitives.errors import CorruptLog, InvalidInput, StorageFailure, Unavai
 
 MAX_RECORD_BYTES = 1 << 30
 SEGMENT_BYTES = 64 << 20
+REPLAY_SECONDS = 15.0  # how long doing again what a run's log holds may take, if nobody says
 LOCK_SECONDS = 20.0  # a process that was just killed may still hold it
 
 _MAGIC = b"\xf5WAL"
@@ -114,8 +115,9 @@ class Log:
 
     Attributes:
         start, end: positions of its first byte and after its last.
-        failure: why nothing can be appended any more, after an fsync failed; opening it again
-            finds what is on disk.
+        synced_end: up to where it is on disk.
+        failure: why nothing can be appended any more, after an fsync failed; what was not on disk
+            then is cut off, and opening it again goes on from there.
 
     Raises:
         CorruptLog: damage before the last whole record.
@@ -148,7 +150,7 @@ class Log:
                 self._take_lock(lock_seconds)
                 self._segments = _segments(folder)
                 self.start, self.end = self._cut()
-                self._synced = self.end
+                self.synced_end = self.end
                 if self._segments:
                     self._open_segment(self._segments[-1])
                 self._sync_files(([] if self._file is None else [self._file]), True)
@@ -264,7 +266,7 @@ class Log:
         if self._file is None or self.end - self._segments[-1] >= self._segment_bytes:
             self._roll()
         assert self._file is not None
-        length, synced = len(payload), self._synced
+        length, synced = len(payload), self.synced_end
         header = _HEADER.pack(_MAGIC, length, synced, _checksum(length, synced, payload))
         self._torn = True
         written = os.writev(self._file, (header, payload))
@@ -300,7 +302,7 @@ class Log:
         with self._lock:
             if self.failure is not None:
                 future.set_exception(self.failure)
-            elif self._synced == self.end:
+            elif self.synced_end == self.end:
                 future.set_result(None)
             else:
                 self._waiting.append(future)
@@ -324,8 +326,10 @@ class Log:
                 failure = StorageFailure(f"the log in {self.folder} could not be kept: {error}")
                 failure.__cause__ = error
         with self._lock:
+            if failure is not None and self.failure is None:
+                self._cut_unsynced()
             self.failure = failure
-            self._synced = max(self._synced, end) if failure is None else self._synced
+            self.synced_end = max(self.synced_end, end) if failure is None else self.synced_end
         for opened in rolled:
             os.close(opened)
         for future in waiting:
@@ -333,6 +337,14 @@ class Log:
                 future.set_result(None)
             else:
                 future.set_exception(failure)
+
+    def _cut_unsynced(self) -> None:
+        """Nobody was told of it, and a learner started later must not find it."""
+        with contextlib.suppress(OSError):  # a disk that does not even take this is as it is
+            while self._segments[-1] > self.synced_end:
+                self._path(self._segments[-1]).unlink()
+                del self._segments[-1]
+            os.truncate(self._path(self._segments[-1]), self.synced_end - self._segments[-1])
 
     def _sync_files(self, files: list[int], folder: bool) -> None:
         for file in files:

@@ -84,6 +84,11 @@ class Run:
             self.early.discard(self.arrived)
 
     @property
+    def answered(self) -> int:
+        """The answers of all operations before this number are there."""
+        return min([self.arrived + 1, *self.pending])
+
+    @property
     def moving(self) -> bool:
         """Whether something under way will be done without more to come."""
         return any(seq_id <= self.arrived for seq_id in self.pending)
@@ -308,10 +313,10 @@ class Gateway:
         # number, refusing the next would be for good.
         if run.moving and self._pending_bytes + size > self.settings.max_pending_bytes:
             raise Busy("too much training data is waiting: try again in a moment")
-        run.arrive(seq_id)
 
         async def apply() -> Answer:
-            link = LearnerLink(await self._run_grant(run), self.controller)
+            grant = await self._run_grant(run)
+            link = LearnerLink(grant, self.controller, lambda: run.answered)
             try:
                 prepared = await args()
             except BaseException:
@@ -326,7 +331,9 @@ class Gateway:
             answered = answer(result)
             return answered if isinstance(answered, Answer) else await answered
 
-        if await self.futures.begin(request_id, run.row.owner, apply):
+        begun = await self.futures.begin(request_id, run.row.owner, apply)
+        run.arrive(seq_id)
+        if begun:
             run.pending[seq_id] = size
             self._pending_bytes += size
             waiting = self.futures.settled(request_id)

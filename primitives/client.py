@@ -208,16 +208,27 @@ class TrainingClient(HasSync):
     def __init__(self, grant: RunGrant, controller: Handle) -> None:
         self.run_id = grant.run_id
         self.base_model = grant.base_model
-        self._link = LearnerLink(grant, controller)
+        self._link = LearnerLink(grant, controller, self._answered)
         self._controller = controller
         self._lock = threading.Lock()
         self._next_seq_id = grant.next_seq_id
+        self._open: dict[int, None] = {}  # numbers taken whose results are not there; ascending
 
     def _take_seq_ids(self, count: int = 1) -> int:
         with self._lock:
             first = self._next_seq_id
             self._next_seq_id += count
+            self._open.update(dict.fromkeys(range(first, first + count)))
             return first
+
+    def _answered(self) -> int:
+        """Of all operations before this one the results, or errors, are there."""
+        with self._lock:
+            return next(iter(self._open), self._next_seq_id)
+
+    def _note_answer(self, seq_id: int) -> None:
+        with self._lock:
+            self._open.pop(seq_id, None)
 
     def _submit(self, kind: str, *, seq_id: int | None = None, **args: Any) -> Op[Any]:
         seq = self._take_seq_ids() if seq_id is None else seq_id
@@ -225,8 +236,10 @@ class TrainingClient(HasSync):
             future = self._link.submit(seq, kind, args)
         except Exception:
             # The number is taken: let the log pass over it.
-            self._link.submit(seq, "skip", {})
+            skipped = self._link.submit(seq, "skip", {})
+            skipped.add_done_callback(lambda _: self._note_answer(seq))
             raise
+        future.add_done_callback(lambda _: self._note_answer(seq))
         return Op(future, withdraw=lambda: self._link.withdraw(seq))
 
     @property

@@ -31,6 +31,10 @@ class CorruptLog(TinsmithError):
     """A run's log or snapshot is damaged where it was whole before; names the file and the place."""
 
 
+class OperationCrashed(TinsmithError):
+    """The process that did this operation died of it, again and again; names the operation."""
+
+
 class OpCancelled(TinsmithError):
     """The operation was withdrawn with `Op.cancel()` before it started."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,14 +43,22 @@ class LearnerLink:
     the learner that takes its place, with the run as its log has it, and the operation is sent
     again under its number: it is applied once, whatever the first had done.
 
+    `answered()`: the number before which the client knows what became of all operations. The learner
+    passes over those of them that it misses: they were refused, when nothing could be written.
+
     An operation fails with `Unavailable` when no learner could be had for `retry_seconds` from the
     first failure on (an attempt under way is waited for), or when the service itself is gone.
     """
 
     def __init__(
-        self, grant: RunGrant, controller: Handle, retry_seconds: float = RETRY_SECONDS
+        self,
+        grant: RunGrant,
+        controller: Handle,
+        answered: Callable[[], int],
+        retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self.grant = grant
+        self._answered_before = answered
         self._controller = controller
         self._retry_seconds = retry_seconds
         self._lock = threading.Lock()
@@ -66,7 +75,8 @@ class LearnerLink:
 
     def _send(self, sent: _Sent) -> None:
         learner = self.grant.learner
-        call = learner.call("submit", self.grant.run_id, sent.seq_id, sent.kind, sent.args)
+        operation = (self.grant.run_id, sent.seq_id, sent.kind, sent.args)
+        call = learner.call("submit", *operation, self._answered_before())
 
         def settle(done: Future[Any]) -> None:
             error = done.exception()
