@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -31,19 +32,21 @@ from tinsmith.primitives.op import Op
 MODEL = "tiny-qwen3"
 
 
-def kill_learners() -> int:
-    """kill -9 to those of this test's service, also while they start; returns how many."""
+def kill_all(kind: str) -> int:
+    """kill -9 to the actors of that class of this test's service, also while they start; returns
+    how many."""
     killed = 0
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::Learner"):
+            # Ray writes what an actor is doing behind its name.
+            if re.fullmatch(rf"ray::{kind}(\..*)?", process.name()):
                 process.kill()
                 killed += 1
     return killed
 
 
-def kill_one() -> None:
-    while not kill_learners():
+def kill_one(kind: str = "Learner") -> None:
+    while not kill_all(kind):
         time.sleep(0.02)
 
 
@@ -84,6 +87,84 @@ async def test_a_learner_killed_again_and_again_loses_and_repeats_nothing(servic
         assert tinsmith.primitives.codec.encode(again) == tinsmith.primitives.codec.encode(
             results[seq_id - 1]
         )
+
+
+async def test_busy_tenants_whose_learner_is_killed_end_as_if_undisturbed(service, tiny_home):
+    loras = [tinsmith.LoraConfig(rank=rank, seed=rank) for rank in (2, 4, 8)]
+    runs = await asyncio.gather(*(new_run(service, lora, MODEL) for lora in loras))
+    ops = [
+        [getattr(run, kind)(*args) for kind, args in script(20 + i, 24)]
+        for i, run in enumerate(runs)
+    ]
+    for number in (3, 12):  # all three have batches or steps under way then
+        await asyncio.gather(*(each[number] for each in ops))
+        await asyncio.to_thread(kill_one)
+    results = await asyncio.wait_for(asyncio.gather(*(asyncio.gather(*each) for each in ops)), 200)
+    weights = await asyncio.gather(*map(same_weights_logprobs, runs))
+
+    engine = LearnerEngine(Backbone(str(tiny_home / "models" / MODEL)))
+    data = [text_datum(np.random.default_rng(100 + i), 40) for i in range(2)]
+    with engine_threads():
+        for i, (run, lora) in enumerate(zip(runs, loras, strict=True)):
+            engine.create_run(run.run_id, lora)
+            for got, (kind, args) in zip(results[i], script(20 + i, 24), strict=True):
+                assert_same(got, getattr(engine, kind)(run.run_id, *args))
+            wanted = engine.forward(run.run_id, data, "cross_entropy").loss_fn_outputs
+            for a, b in zip(weights[i], wanted, strict=True):
+                np.testing.assert_array_equal(a, b["logprobs"])
+
+
+async def test_what_was_loaded_is_there_after_a_kill_and_an_operation_refused_leaves_no_gap(
+    service,
+):
+    runs = [await new_run(service, LORA, MODEL) for _ in range(2)]
+    for i, training in enumerate(runs):
+        for kind, args in script(9, 6):
+            await getattr(training, kind)(*args)
+        path = (await training.save_state("saved")).path
+        for kind, args in script(10, 6):
+            getattr(training, kind)(*args)
+        await training.load_state_with_optimizer(path)
+        if i:
+            await asyncio.to_thread(kill_one)
+        for kind, args in script(11, 3):
+            await getattr(training, kind)(*args)
+        if i:
+            refuse_writes()
+            with pytest.raises(tinsmith.StorageFailure, match="File too large"):
+                await training.optim_step()
+            await asyncio.to_thread(kill_one)
+        for kind, args in script(12, 3):
+            await asyncio.wait_for(getattr(training, kind)(*args), 120)
+    for a, b in zip(*[await same_weights_logprobs(training) for training in runs], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def refuse_writes() -> None:
+    """The learner's files may not grow any more, as on a full disk."""
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("ray::Learner"):
+            process.rlimit(psutil.RLIMIT_FSIZE, (1, psutil.RLIM_INFINITY))
+
+
+async def test_learner_and_sampler_killed_together_come_back_with_what_was_published(service):
+    training = await new_run(service, LORA, MODEL)
+    live = await training.live_sampling_client().ready()
+    for kind, args in script(13, 6):
+        await getattr(training, kind)(*args)
+    pinned = await training.save_weights_and_get_sampling_client()
+    params = tinsmith.SamplingParams(max_tokens=300, stop=[], seed=5)
+    wanted = (await pinned.sample(np.arange(20), 1, params)).sequences[0]
+    under_way = [client.sample(np.arange(20), 1, params) for client in (pinned, live)]
+    await asyncio.sleep(0.3)
+    await asyncio.to_thread(kill_one, "Sampler")
+    await asyncio.to_thread(kill_one)
+    for response in await asyncio.wait_for(asyncio.gather(*under_way), 120):
+        np.testing.assert_array_equal(response.sequences[0].tokens, wanted.tokens)
+        assert set(response.sequences[0].versions) == {2}
+    await asyncio.wait_for(training.optim_step(), 120)
+    response = await live.sample(np.arange(20), 1, tinsmith.SamplingParams(max_tokens=4))
+    assert set(response.sequences[0].versions) == {3}
 
 
 async def test_what_was_being_saved_when_the_learner_died_is_saved_once(service):
