@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from .primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
     from .primitives.errors import (
         Busy,
+        CorruptLog,
         EnvironmentFailure,
         InvalidInput,
         NotFound,
         OpCancelled,
+        OperationCrashed,
         OutOfCapacity,
         RolloutFailure,
+        StorageFailure,
         TinsmithError,
         Unavailable,
     )
@@ -74,12 +77,15 @@ _HOMES = {
     "primitives.client": ["EnvClient", "SamplingClient", "ServiceClient", "TrainingClient"],
     "primitives.errors": [
         "Busy",
+        "CorruptLog",
         "EnvironmentFailure",
         "InvalidInput",
         "NotFound",
         "OpCancelled",
+        "OperationCrashed",
         "OutOfCapacity",
         "RolloutFailure",
+        "StorageFailure",
         "TinsmithError",
         "Unavailable",
     ],

@@ -55,11 +55,17 @@ def _fail_pending() -> None:
 
 
 class RayHandle:
-    """Submits calls to one actor. Picklable."""
+    """Submits calls to one actor. Picklable; equal to others of the same actor."""
 
     def __init__(self, actor: Any, name: str) -> None:
         self.actor = actor
         self.name = name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RayHandle) and self.actor == other.actor
+
+    def __hash__(self) -> int:
+        return hash(self.actor)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
         if not ray.is_initialized():

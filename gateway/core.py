@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..primitives.client import RunGrant, SamplerGrant, ServiceClient
+from ..primitives.client import SamplerGrant, ServiceClient
 from ..primitives.errors import (
     Busy,
     InvalidInput,
@@ -28,6 +28,7 @@ from ..primitives.errors import (
     TinsmithError,
     Unavailable,
 )
+from ..primitives.learner_link import LearnerLink, RunGrant
 from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath
 from ..primitives.types import (
@@ -85,6 +86,11 @@ class Run:
         while self.arrived + 1 in self.early:
             self.arrived += 1
             self.early.discard(self.arrived)
+
+    @property
+    def answered(self) -> int:
+        """The answers of all operations before this number are there."""
+        return min([self.arrived + 1, *self.pending])
 
     @property
     def moving(self) -> bool:
@@ -370,21 +376,27 @@ class Gateway:
         owner = run.row.owner
         if tokens:
             await self._let_in(request_id, lambda: self.rates.check(owner))
-        run.arrive(seq_id)
 
         async def apply() -> Answer:
             grant = await self._run_grant(run)
-            learner = grant.learner
+            link = LearnerLink(grant, self.controller, lambda: run.answered)
             try:
                 prepared = await args()
             except BaseException:
-                learner.call("submit", run_id, seq_id, "skip", {})
+                link.submit(seq_id, "skip", {})
                 raise
-            result = await Op(learner.call("submit", run_id, seq_id, kind, prepared))
+            try:
+                result = await Op(link.submit(seq_id, kind, prepared))
+            finally:
+                if run.grant is not None:  # a learner that died has been replaced
+                    run.grant = asyncio.get_running_loop().create_future()
+                    run.grant.set_result(link.grant)
             answered = answer(result)
             return answered if isinstance(answered, Answer) else await answered
 
-        if await self.futures.begin(request_id, owner, apply):
+        begun = await self.futures.begin(request_id, owner, apply)
+        run.arrive(seq_id)
+        if begun:
             self.rates.take(owner, tokens)
             run.pending[seq_id] = size
             self._pending_bytes += size
@@ -402,7 +414,7 @@ class Gateway:
         """
         session = await self.session(run.row.owner, run.row.session_id)
         if run.grant is None and session.active:
-            # Of before a restart: the cluster may have it still, or have parked it.
+            # Of before a restart: the cluster may have it still, or its log.
             run.grant = asyncio.wrap_future(self.controller.call("reopen_run", run.row.run_id))
         grant = run.grant
         try:
@@ -413,9 +425,8 @@ class Gateway:
         except NotFound:
             run.grant = None
         raise NotFound(
-            f"run {run.row.run_id} is no longer in memory: its session ended, or the server went "
-            "down; create_training_client_from_state_with_optimizer(path) goes on from a "
-            "saved state"
+            f"run {run.row.run_id} is no longer in memory: its session ended; "
+            "create_training_client_from_state_with_optimizer(path) goes on from a saved state"
         )
 
     async def skip(self, owner: str, run_id: Any, seq_id: Any) -> None:

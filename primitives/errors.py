@@ -38,6 +38,18 @@ class Busy(TinsmithError):
         return type(self), (str(self), self.retry_after_s)
 
 
+class StorageFailure(TinsmithError):
+    """A file could not be written: the disk is full, read-only or broken. Nothing is half-written."""
+
+
+class CorruptLog(TinsmithError):
+    """A run's log or snapshot is damaged where it was whole before; names the file and the place."""
+
+
+class OperationCrashed(TinsmithError):
+    """The process that did this operation died of it, again and again; names the operation."""
+
+
 class OpCancelled(TinsmithError):
     """The operation was withdrawn with `Op.cancel()` before it started."""
 
