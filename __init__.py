@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from .envs.scripted import Scripted
     from .primitives.client import EnvClient, SamplingClient, ServiceClient, TrainingClient
     from .primitives.errors import (
+        Busy,
+        CorruptLog,
         EnvironmentFailure,
         InvalidInput,
         NotFound,
         OpCancelled,
+        OperationCrashed,
         OutOfCapacity,
         RolloutFailure,
+        StorageFailure,
         TinsmithError,
         Unavailable,
     )
@@ -72,12 +76,16 @@ _HOMES = {
     "envs.scripted": ["Scripted"],
     "primitives.client": ["EnvClient", "SamplingClient", "ServiceClient", "TrainingClient"],
     "primitives.errors": [
+        "Busy",
+        "CorruptLog",
         "EnvironmentFailure",
         "InvalidInput",
         "NotFound",
         "OpCancelled",
+        "OperationCrashed",
         "OutOfCapacity",
         "RolloutFailure",
+        "StorageFailure",
         "TinsmithError",
         "Unavailable",
     ],

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from ..engines.base_weights import BaseWeights, check_base_weights
 from ..engines.layout import Layout
 from ..engines.vllm_start import EngineName, VllmOptions, chosen_engine
 from ..primitives.client import ServiceClient
-from ..primitives.errors import InvalidInput, Unavailable
+from ..primitives.errors import InvalidInput, StorageFailure, Unavailable
 from ..primitives.op import Op
 from ..primitives.paths import default_home
 from ..primitives.sync import SyncClient, run_blocking
 from .placement import Placement
 from .scaling import Replicas
+from .wal import REPLAY_SECONDS
 
 NAMESPACE = "tinsmith"
 _ADDRESS = re.compile(r"(ray://)?[^/\s]+:\d+")
@@ -74,6 +76,7 @@ def connect(
     layout: str | None = None,
     samplers: int | Replicas = 1,
     placement: Placement | None = None,
+    replay_seconds: float = REPLAY_SECONDS,
     trace_file: str | Path | None = None,
     verbose: bool = False,
 ) -> Connection:
@@ -105,12 +108,15 @@ def connect(
         samplers: how many a base model has: a number, or `Replicas` for as many as it takes.
         placement: what learners, samplers and environment workers reserve of the cluster
             (default: GPUs, where there are any).
+        replay_seconds: how long doing operations again may take when a learner died. Lower: snapshots
+            of the runs are taken more often.
         trace_file: append spans of every operation to this file, a JSON object per line, from all
             processes (default: `$TINSMITH_TRACE_FILE`, if any; see `docs/observability.md`).
         verbose: show the actors' own output.
 
     Raises:
         InvalidInput: a setting is not one of its values, or two do not go together.
+        StorageFailure: `home` cannot be written.
         Unavailable: no cluster answers at `address`; vLLM, a quantised base, or traces are asked
             for and what they need is not installed.
     """
@@ -120,6 +126,9 @@ def connect(
         )
     if not isinstance(learners, int) or isinstance(learners, bool) or learners < 1:
         raise InvalidInput(f"learners must be an integer of at least 1, got {learners!r}")
+    seconds = isinstance(replay_seconds, int | float) and not isinstance(replay_seconds, bool)
+    if not seconds or not 0 < replay_seconds < float("inf"):
+        raise InvalidInput(f"replay_seconds must be a positive number, got {replay_seconds!r}")
     check_base_weights(base_weights)
     ranks = layout if layout is None or layout == "auto" else Layout.parse(layout)
     if ranks is not None and learners > 1:
@@ -143,6 +152,7 @@ def connect(
             layout=ranks,
             replicas=Replicas.of(samplers),
             placement=placement,
+            replay_seconds=float(replay_seconds),
         ),
     )
     return Connection(address, home, options)
@@ -156,6 +166,8 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
     from .controller import Controller
     from .handle import RayHandle, leave_cluster
 
+    if address is None:
+        _check_home(home)
     told = telemetry.passed_on(options["trace_file"])
     telemetry.trace("client", told.get(telemetry.TRACE_FILE))
     ours = not ray.is_initialized()
@@ -191,6 +203,22 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
         close()
         raise
     return ServiceClient(handle, home, close, owns_cluster=local)
+
+
+def _check_home(home: str) -> None:
+    """
+    Raises:
+        StorageFailure: nothing can be written there.
+    """
+    try:
+        Path(home).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home) as file:
+            file.write(b"room")
+    except OSError as error:
+        raise StorageFailure(
+            f"the home {home} cannot be written: {error}. Give another one (home=..., --home, "
+            "TINSMITH_HOME), or make room"
+        ) from error
 
 
 def _join_ray(address: str | None, options: dict[str, Any]) -> None:

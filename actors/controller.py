@@ -24,8 +24,9 @@ from ..engines.base_weights import BaseWeights
 from ..engines.layout import Layout
 from ..engines.vllm_coverage import Coverage
 from ..engines.vllm_start import VllmOptions
-from ..primitives.client import RunGrant, SamplerGrant
+from ..primitives.client import SamplerGrant
 from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
+from ..primitives.learner_link import RunGrant
 from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath, check_name
 from ..primitives.types import (
@@ -43,7 +44,8 @@ from .controller_watch import ControllerWatch, Reports, left_behind, service_met
 from .deaths import Deaths
 from .env_worker import EnvWorker
 from .handle import MAX_WAITING_CALLS, RayHandle
-from .learner import Learner, parked_folder
+from .journal import log_folder
+from .learner import Learner
 from .learner_helper import LearnerHelper
 from .observed import Observed
 from .placement import Placement, Plan, Seat, plan
@@ -53,6 +55,7 @@ from .sampler_pool import SamplerPool
 from .scaling import Replicas
 from .storage import Storage
 from .threads import ENGINE_ENV
+from .wal import REPLAY_SECONDS
 
 EXPIRY_SECONDS = 60.0
 
@@ -81,6 +84,7 @@ class Controller(Observed):
         base_weights: BaseWeights = "auto",
         reorder_sampler_weights: bool = False,
         layout: Layout | Literal["auto"] | None = None,
+        replay_seconds: float = REPLAY_SECONDS,
     ) -> None:
         self.observe("controller")
         self.watch = ControllerWatch(self.meters)
@@ -97,6 +101,7 @@ class Controller(Observed):
         self.base_weights: BaseWeights = base_weights
         self.reorder_sampler_weights = reorder_sampler_weights
         self.layout = layout
+        self.replay_seconds = replay_seconds
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
         self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
@@ -212,6 +217,7 @@ class Controller(Observed):
                     self.learners,
                     self.base_weights,
                     place.layout,
+                    self.replay_seconds,
                 )
             )
             handle = RayHandle(actor, "learner", self.home)
@@ -369,23 +375,22 @@ class Controller(Observed):
         return grant
 
     async def resume_run(self, run_id: str, path: str | None, next_seq_id: int = 1) -> RunGrant:
-        """Go on with a run as its learner has it, where its log stands; or from `path` (default:
-        its newest `weights` checkpoint), with `next_seq_id` for the first operation's number."""
+        """Go on with a run where its log ends, in memory or on disk; where it was closed, from its
+        newest `weights` checkpoint. With `path`, from there, with `next_seq_id` for the first
+        operation's number."""
         if next_seq_id < 1:
             raise InvalidInput(f"next_seq_id must be at least 1, got {next_seq_id}")
         async with self.opening[run_id]:
             run = self.registry.run(run_id)
-            if path is None and run_id in self.open_runs:
-                learner = await self._learner(run.base_model)
-                following = await Op(learner.call("take_over", run_id))
-                if following is not None:
-                    self.registry.touch_run(run_id)
-                    name, model_path = await self._model(run.base_model)
-                    return RunGrant(run_id, name, model_path, learner, following)
             if path is None:
+                with contextlib.suppress(NotFound):
+                    grant = await self._reopened(run)
+                    following = await Op(grant.learner.call("take_over", run_id))
+                    self.registry.touch_run(run_id)
+                    return replace(grant, next_seq_id=following)
                 checkpoints = self.registry.checkpoints(run_id, "weights")
                 if not checkpoints:
-                    raise NotFound(f"run {run_id!r} is not in memory and has no saved state")
+                    raise NotFound(f"run {run_id!r} has no log and no saved state")
                 path = checkpoints[0].path
             grant = await self._open(run_id, run.base_model, run.lora, path, True, next_seq_id)
             self.registry.touch_run(run_id)
@@ -431,31 +436,29 @@ class Controller(Observed):
         return RunGrant(run_id, name, model_path, learner, first)
 
     async def park_runs(self) -> None:
-        """Write down all runs in memory, as they are, before the cluster ends."""
+        """Take snapshots of all runs in memory, before the cluster ends."""
         for run_id, path in list(self.open_runs.items()):
             learner = self.started.get(("learner", path))
             if learner is not None:
-                with contextlib.suppress(NotFound, Unavailable):  # a dead one holds nothing
+                # A dead one holds nothing, and the logs have everything.
+                with contextlib.suppress(TinsmithError):
                     await Op((await asyncio.shield(learner)).call("park", run_id))
 
     async def reopen_run(self, run_id: str) -> RunGrant:
-        """Go on with a run exactly where it is: in memory, or parked.
+        """Go on with a run exactly where it is: in memory, or where its log ends.
 
         Raises:
-            NotFound: no such run, or it is neither.
+            NotFound: no such run, or it is closed.
         """
         async with self.opening[run_id]:
-            run = self.registry.run(run_id)
-            if run_id in self.open_runs:
-                with contextlib.suppress(NotFound, Unavailable):
-                    learner = await self._learner(run.base_model)
-                    following = await Op(learner.call("next_seq_id", run_id))
-                    name, path = await self._model(run.base_model)
-                    return RunGrant(run_id, name, path, learner, following)
-            if not await asyncio.to_thread(self.storage.exists, parked_folder(run_id)):
-                raise NotFound(f"run {run_id!r} is neither in memory nor parked")
-            await self._check_served(run.base_model, run.lora)
-            return await self._opened(run_id, run.base_model, "unpark")
+            return await self._reopened(self.registry.run(run_id))
+
+    async def _reopened(self, run: TrainingRun) -> RunGrant:
+        folder = log_folder(run.run_id)
+        if not await asyncio.to_thread(self.storage.exists, folder):
+            raise NotFound(f"run {run.run_id!r} is closed: it is not in memory and has no log")
+        await self._check_served(run.base_model, run.lora)
+        return await self._opened(run.run_id, run.base_model, "recover")
 
     async def close_run(self, run_id: str) -> None:
         """Free a run's memory in its learner and sampler; what was saved stays."""
@@ -468,7 +471,7 @@ class Controller(Observed):
         # Also what a learner that died had published.
         await self._tell("sampler", run.base_model, "drop_run", run.run_id)
         self.open_runs.pop(run.run_id, None)
-        await asyncio.to_thread(self.storage.delete, parked_folder(run.run_id))
+        await asyncio.to_thread(self.storage.delete, log_folder(run.run_id))
 
     async def _tell(self, kind: str, base_model: str, method: str, *args: Any) -> None:
         """Call a base model's actor, if there is one; a dead one holds nothing."""
@@ -509,6 +512,16 @@ class Controller(Observed):
 
     def _forget_open_runs(self, path: str) -> None:
         self.open_runs = {run: where for run, where in self.open_runs.items() if where != path}
+
+    async def held_bytes(self) -> dict[str, int]:
+        """Of every open run's adapter, gradients and optimizer state; 0 where its learner is gone."""
+        held = dict.fromkeys(self.open_runs, 0)
+        for path in set(self.open_runs.values()):
+            learner = self.started.get(("learner", path))
+            if learner is not None:
+                with contextlib.suppress(Unavailable):
+                    held |= await Op((await asyncio.shield(learner)).call("held_bytes"))
+        return held
 
     # ---- what is told of the service ----
 

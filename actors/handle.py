@@ -56,7 +56,8 @@ def _fail_pending() -> None:
 
 
 class RayHandle:
-    """Submits calls to one actor. Picklable. `home`: where the actor leaves its notes."""
+    """Submits calls to one actor. Picklable; equal to others of the same actor. `home`: where the
+    actor leaves its notes."""
 
     def __init__(self, actor: Any, name: str, home: str | None = None) -> None:
         self.actor = actor
@@ -66,6 +67,12 @@ class RayHandle:
     def _error(self, error: BaseException, args: tuple[Any, ...]) -> BaseException:
         died = isinstance(error, RayActorError)
         return typed_error(error, self.name, was_doing(self.notes, _run(args)) if died else "")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RayHandle) and self.actor == other.actor
+
+    def __hash__(self) -> int:
+        return hash(self.actor)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
         if not ray.is_initialized():

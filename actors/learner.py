@@ -5,6 +5,9 @@ arrives twice gets the recorded result. The heads of all logs are taken between 
 engine, which computes the batches among them together. One thread owns the engine; saving and
 publishing copy what they need in that thread and finish outside it, so that training goes on
 meanwhile.
+
+Operations are written down when they come and computed beside that; results are given once they
+are on disk (`journal.py`). A learner that is started again goes on from there (`recover`).
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
-from collections import OrderedDict
+from collections import defaultdict
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from ..engines.backbone import Backbone
 from ..engines.base_weights import BaseWeights
 from ..engines.layout import Layout
 from ..engines.learner import Finished, LearnerEngine
+from ..engines.memory import state_bytes
 from ..engines.memory_budget import available_bytes
 from ..engines.models import copies_folder
 from ..engines.passes import Group, PassRunner
@@ -38,6 +43,7 @@ from ..primitives.errors import (
     NotFound,
     OpCancelled,
     OutOfCapacity,
+    StorageFailure,
     TinsmithError,
     Unavailable,
 )
@@ -53,41 +59,20 @@ from ..primitives.types import (
     TrainingInfo,
 )
 from ..primitives.validation import check_ttl
+from . import records
+from .journal import Journal, log_folder, new_run_key
 from .learner_watch import LearnerWatch
 from .observed import Observed, own_notes
+from .run_log import BATCHES, EFFECTS, Entry, RunLog, finish, unhandled_is_fine
+from .snapshots import About
 from .storage import MANIFEST, Storage
 from .threads import engine_device, set_engine_threads
+from .wal import REPLAY_SECONDS, SyncThread
 
-RESULTS_KEPT = 4096
-BATCHES = ("forward", "forward_backward")  # what takes passes of the engine
-PARKED = "state.safetensors"
+PROGRESS_SECONDS = 5.0  # between lines about a replay
+MEND_SECONDS = 1.0  # between attempts to open a run's log again
 
-
-def parked_folder(run_id: str) -> str:
-    """Below the storage root: where a run waits for its learner to be started again."""
-    return f"runs/{run_id}/parked"
-
-
-@dataclass
-class Entry:
-    kind: str
-    args: dict[str, Any]
-    future: asyncio.Future[Any]
-    arrived: float = field(default_factory=time.perf_counter)
-
-
-@dataclass
-class RunLog:
-    """One run's operations: those waiting by number, the batch under way, and the results of those
-    applied. `publish_steps`: every operation that changes the weights publishes them."""
-
-    run_id: str
-    next_seq_id: int = 1
-    publish_steps: bool = False
-    publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    waiting: dict[int, Entry] = field(default_factory=dict)
-    under_way: Entry | None = None
-    results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
+logger = logging.getLogger(__name__)
 
 
 class Learner(Observed):
@@ -104,10 +89,13 @@ class Learner(Observed):
         learners: int = 1,
         weights: BaseWeights = "auto",
         layout: Layout | None = None,
+        replay_seconds: float = REPLAY_SECONDS,
     ) -> None:
         self.observe("learner")
         notes = own_notes(storage_root, f"learner of {base_model}")
         self.watch = LearnerWatch(self.meters, notes, self._batch_under_way)
+        self.replay_seconds = replay_seconds
+        self.sync_thread = SyncThread()
         self.base_model = base_model
         self.model_path = model_path
         self.run_bytes = run_bytes
@@ -120,6 +108,8 @@ class Learner(Observed):
         self.weights: BaseWeights = weights
         self.copies = copies_folder(storage_root)
         self.logs: dict[str, RunLog] = {}
+        self.recovering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.mending: dict[str, asyncio.Task[None]] = {}  # runs whose log their disk has failed
         self.batches: dict[int, RunLog] = {}  # under way, by the engine's number
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -210,21 +200,57 @@ class Learner(Observed):
     ) -> int:
         """Start a run, afresh or from a checkpoint; returns the number of its first operation,
         `next_seq_id`."""
-        if run_id in self.logs:
-            await self.close_run(run_id)
+        if path is not None:
+            await self._settle_writes()
+            await asyncio.to_thread(self.storage.read_manifest, path)  # before anything is closed
+        await self.close_run(run_id)
         await self._in_engine(self.engine.create_run, run_id, lora)
         try:
             if path is not None:
-                await self._settle_writes()
                 await self._in_engine(self._load_checkpoint, run_id, path, optimizer, True)
+            state, version, share = await self._in_engine(self._whole_state, run_id)
+            about = About(
+                new_run_key(),
+                lora,
+                version,
+                share,
+                False,
+                False,
+                next_seq_id,
+                position=0,
+                results=[],
+            )
+            how = (self._log_folder(run_id), self.sync_thread, self.replay_seconds)
+            journal = await asyncio.to_thread(Journal.begin, *how, about, state)
         except BaseException:
             await self._in_engine(self.engine.drop_run, run_id)
             raise
-        self.logs[run_id] = RunLog(run_id, next_seq_id)
+        self.logs[run_id] = self._run_log(run_id, journal, about)
         return next_seq_id
+
+    def _run_log(self, run_id: str, journal: Journal, about: About) -> RunLog:
+        return RunLog(
+            run_id,
+            journal,
+            about.run_key,
+            self.wake.set,
+            self._mend_soon,
+            about.next_seq_id,
+            about.publish_steps,
+            about.published,
+        )
+
+    def _log_folder(self, run_id: str) -> Path:
+        return Path(self.storage.root, log_folder(run_id))
 
     async def open_runs(self) -> list[str]:
         return list(self.logs)
+
+    async def held_bytes(self) -> dict[str, int]:
+        """Of every open run's adapter, gradients and optimizer state."""
+        return {
+            run_id: state_bytes([self.engine.runs.layout(run_id)]) for run_id in list(self.logs)
+        }
 
     async def next_seq_id(self, run_id: str) -> int:
         """
@@ -234,76 +260,171 @@ class Learner(Observed):
         return self._log(run_id).next_seq_id
 
     async def park(self, run_id: str) -> None:
-        """Write down a run as it is, half-accumulated gradient and all, for `unpark`."""
-        log = self._log(run_id)
-        while log.under_way is not None:
-            await asyncio.wait({log.under_way.future})
-        state, about = await self._in_engine(self._whole_state, run_id)
-        manifest = {
-            **about,
-            "next_seq_id": log.next_seq_id,
-            "publish_steps": log.publish_steps,
-        }
-        files = {
-            PARKED: safetensors.torch.save(state),
-            MANIFEST: json.dumps(manifest, indent=1).encode(),
-        }
-        folder = parked_folder(run_id)
-        staged = await asyncio.to_thread(self.storage.stage, folder, files)
-        await asyncio.to_thread(self.storage.commit, staged, folder)
-
-    def _whole_state(self, run_id: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        run, share = self.engine.runs[run_id], self.engine.queue.weights[run_id]
-        about = {"lora": asdict(run.config), "version": run.version, "share": share}
-        return self.engine.state(run_id, True), about
-
-    async def unpark(self, run_id: str) -> int:
-        """Open a parked run exactly as it was, its weights published; returns the number of its
-        next operation.
+        """Take a snapshot now, so that a learner started later has nothing to replay.
 
         Raises:
-            NotFound: it is not parked.
+            StorageFailure: it cannot be written; the log has everything all the same.
         """
-        folder = parked_folder(run_id)
-        files = await asyncio.to_thread(self.storage.read, folder)
-        manifest, state = json.loads(files[MANIFEST]), safetensors.torch.load(files[PARKED])
-        lora, share = LoraConfig(**manifest["lora"]), manifest["share"]
-        await self._in_engine(self.engine.create_run, run_id, lora, share)
-        params, version = state.pop("params"), manifest["version"]
-        await self._in_engine(self.engine.load, run_id, params, state, version)
-        log = RunLog(run_id, manifest["next_seq_id"], manifest["publish_steps"])
-        self.logs[run_id] = log
-        await (await self._in_engine(self._publication, run_id, False))
-        await asyncio.to_thread(self.storage.delete, folder)
-        return log.next_seq_id
+        await asyncio.shield(self._log(run_id).demand_snapshot())
 
-    async def take_over(self, run_id: str) -> int | None:
-        """Where a new client's operations go on, after all that has arrived; None if the run is
-        not open. Numbers that the client before it took but never sent are passed over."""
-        log = self.logs.get(run_id)
-        if log is None:
-            return None
+    def _whole_state(self, run_id: str) -> tuple[dict[str, torch.Tensor], int, float]:
+        """State, version and share."""
+        share = self.engine.queue.weights[run_id]
+        return self.engine.state(run_id, True), self.engine.runs[run_id].version, share
+
+    async def recover(self, run_id: str, crashed: bool = True) -> int:
+        """Open a run where its log ends: its last snapshot, and the operations since then applied
+        again. Results that were given are given again; returns the number of the next operation.
+
+        Args:
+            crashed: the learner that had it died (or the service ended).
+
+        Raises:
+            CorruptLog: the log or the snapshot is damaged, or a checkpoint that was loaded since then
+                is gone.
+            OperationCrashed: replaying it has killed learners.
+            StorageFailure: the log cannot be written.
+            Unavailable: another process has the run open.
+        """
+        async with self.recovering[run_id]:
+            if crashed and (run_id in self.logs or run_id in self.mending):
+                return self._log(run_id).next_seq_id
+            how = (self._log_folder(run_id), self.sync_thread, self.replay_seconds)
+            journal, log = await asyncio.to_thread(Journal, *how), None
+            try:
+                about, state, written = await asyncio.to_thread(journal.read)
+                log = self._run_log(run_id, journal, about)
+                for record in about.results:
+                    log.remember(record)
+                log.enter(written, crashed)
+                await self._in_engine(self.engine.create_run, run_id, about.lora, about.share)
+                params = state.pop("params")
+                await self._in_engine(self.engine.load, run_id, params, state, about.version)
+                if log.published or any(record.kind == "publish" for _, record in written):
+                    sampler = await self._sampler()
+                    log.republish = await Op(sampler.call("latest_version", run_id)) is None
+                self.logs[run_id] = log
+                await self._replay(log)
+                if log.published and log.republish:
+                    log.republish = False
+                    await (await self._in_engine(self._publication, log, False))
+                if log.journal.log.failure is not None:
+                    raise log.journal.log.failure
+                if crashed:
+                    log.mark_recovery(over=True)
+                return log.next_seq_id
+            except BaseException:
+                if log is not None:
+                    await self._forget(log)
+                await self._settle_writes()
+                await asyncio.to_thread(journal.close)
+                raise
+
+    async def _replay(self, log: RunLog) -> None:
+        """Wait until what waits without a gap is applied."""
+        end = log.next_seq_id
+        while end in log.waiting:
+            end += 1
+        first, last = log.next_seq_id, log.waiting.get(end - 1)
+        if last is None:
+            return
+        began = time.perf_counter()
+        done = unhandled_is_fine(asyncio.get_running_loop().create_future())
+        log.reached = (end, done)
+        self.wake.set()
+        while not done.done():
+            await asyncio.wait({done}, timeout=PROGRESS_SECONDS)
+            seconds = time.perf_counter() - began
+            if seconds >= PROGRESS_SECONDS:
+                logger.warning(
+                    "run %s: %d of %d operations replayed in %.0f s",
+                    log.run_id,
+                    log.next_seq_id - first,
+                    end - first,
+                    seconds,
+                )
+        done.result()
+
+    async def take_over(self, run_id: str) -> int:
+        """Where a new client's operations go on, after all that has arrived. Numbers that the client
+        before it took but never sent are passed over."""
+        log = self._log(run_id)
         following = max([log.next_seq_id - 1, *log.waiting]) + 1
-        for seq_id in range(log.next_seq_id, following):
-            if seq_id not in log.waiting:
-                future = self._append(log, seq_id, "skip", {})
-                future.set_exception(OpCancelled(f"another client took over run {run_id}"))
+        log.pass_over_missing(following, OpCancelled(f"another client took over run {run_id}"))
+        await asyncio.wrap_future(log.journal.on_disk())
         return following
 
     async def close_run(self, run_id: str) -> None:
-        """Free a run's memory. Operations still waiting fail."""
-        log = self.logs.pop(run_id, None)
+        """Free a run's memory and delete its log. Operations still waiting fail."""
+        mending = self.mending.pop(run_id, None)
+        if mending is not None:
+            mending.cancel()
+            await asyncio.wait({mending})
+        log = self.logs.get(run_id)
         if log is None:
             return
-        for entry in log.waiting.values():
-            if not entry.future.done():
-                entry.future.set_exception(NotFound(f"run {run_id} was closed"))
-        await self._in_engine(self.engine.drop_run, run_id)
+        await self._close(log)
+        await asyncio.to_thread(log.journal.delete)
         self.watch.forget(run_id)
         async with log.publishing:  # what is on its way to the sampler arrives before it is dropped
             if self.sampler is not None:
                 with contextlib.suppress(Unavailable):  # a dead one holds nothing
                     await Op(self.sampler.call("drop_run", run_id))
+
+    async def _close(self, log: RunLog) -> None:
+        log.closed = True
+        gone = NotFound(f"run {log.run_id} was closed")
+        waiting = [entry.future for entry in log.waiting.values()]
+        for future in (*waiting, log.demanded, log.reached and log.reached[1]):
+            if future is not None and not future.done():
+                future.set_exception(gone)
+        await self._forget(log)
+
+    async def _forget(self, log: RunLog) -> None:
+        """Free its memory."""
+        if self.logs.get(log.run_id) is log:
+            del self.logs[log.run_id]
+        await self._in_engine(self.engine.drop_run, log.run_id)
+        if log.snapshot is not None:
+            await asyncio.wait({log.snapshot})
+
+    # ---- disks that fail ----
+
+    def _mend_soon(self, log: RunLog) -> None:
+        if self.logs.get(log.run_id) is log and not self.recovering[log.run_id].locked():
+            self.mending[log.run_id] = asyncio.create_task(self._mend(log))
+
+    async def _mend(self, log: RunLog) -> None:
+        """Open a run again when the disk that failed its log takes it again: what was on disk goes
+        on, as after a crash, and whoever waits for it gets it."""
+        logger.warning("run %s: %s; opening it again", log.run_id, log.journal.log.failure)
+        try:
+            await self._forget(log)
+            await self._settle_writes()
+            await asyncio.to_thread(log.journal.close)
+            while True:
+                try:
+                    await self.recover(log.run_id, crashed=False)
+                    break
+                except StorageFailure as error:
+                    logger.warning("run %s: %s; trying again", log.run_id, error)
+                    await asyncio.sleep(MEND_SECONDS)
+            again = self.logs[log.run_id]
+            for seq_id, entry in log.unanswered.items():
+                if not entry.future.done():
+                    result = again.results[seq_id]
+                    result.add_done_callback(partial(_pass_on, entry.future))
+        except BaseException as error:
+            gone = error if isinstance(error, TinsmithError) else NotFound("the run was closed")
+            for entry in log.unanswered.values():
+                if not entry.future.done():
+                    entry.future.set_exception(gone)
+            if not isinstance(error, TinsmithError):
+                raise
+            logger.warning("run %s could not be opened again: %s", log.run_id, error)
+        finally:
+            if self.mending.get(log.run_id) is asyncio.current_task():
+                del self.mending[log.run_id]
 
     async def settle(self) -> None:
         """Wait until what is being saved is saved."""
@@ -312,10 +433,21 @@ class Learner(Observed):
     # ---- the log ----
 
     async def submit(
-        self, run_id: str, seq_id: int, kind: str, args: dict[str, Any], trace: str | None = None
+        self,
+        run_id: str,
+        seq_id: int,
+        kind: str,
+        args: dict[str, Any],
+        answered: int = 1,
+        trace: str | None = None,
     ) -> Any:
-        """Append operation `seq_id` to a run's log and wait for its result. `trace`: the `traceparent`
-        of who sent it."""
+        """Append operation `seq_id` to a run's log and wait for its result.
+
+        Args:
+            answered: the client knows what became of all operations before this number: those that
+                are missing were refused, and are passed over.
+            trace: the `traceparent` of who sent it.
+        """
         log = self._log(run_id)
         future = log.results.get(seq_id)
         if future is None:
@@ -324,22 +456,11 @@ class Learner(Observed):
                     f"operation {seq_id} of run {run_id} was applied before; "
                     f"its result is no longer kept (next is {log.next_seq_id})"
                 )
-            future = self._append(log, seq_id, kind, args)
+            refused = StorageFailure("it was refused, by a learner that died since")
+            log.pass_over_missing(min(answered, seq_id), refused)
+            future = log.append(seq_id, kind, args).future
             self.watch.accepted(run_id, seq_id, kind, args, future, trace)
         return await asyncio.shield(future)
-
-    def _append(
-        self, log: RunLog, seq_id: int, kind: str, args: dict[str, Any]
-    ) -> asyncio.Future[Any]:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        # A result that no caller waits for any more is not an unhandled error.
-        future.add_done_callback(lambda f: f.cancelled() or f.exception())
-        log.waiting[seq_id] = Entry(kind, args, future)
-        log.results[seq_id] = future
-        while len(log.results) > RESULTS_KEPT and next(iter(log.results.values())).done():
-            log.results.popitem(last=False)
-        self.wake.set()
-        return future
 
     async def withdraw(self, run_id: str, seq_id: int) -> bool:
         """Take an operation that has not started out of the log; its number stays used."""
@@ -347,33 +468,40 @@ class Learner(Observed):
         entry = log.waiting.get(seq_id)
         if entry is None and seq_id >= log.next_seq_id:
             # Calls to an asyncio actor may overtake each other: withdrawn before it came.
-            self._append(log, seq_id, "operation", {})
-            entry = log.waiting[seq_id]
-        if entry is None or entry.kind == "skip":
+            entry = log.append(seq_id, "operation", {})
+        if entry is None or entry.kind == "skip" or entry.settled:
             return False
-        entry.future.set_exception(OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn"))
+        log.journal.write(records.operation(seq_id, "skip", {}))
+        gone = OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn")
         entry.kind = "skip"
+        log.settle(entry, None, gone, False)
+        await asyncio.wait({entry.future})
         return True
 
     def _log(self, run_id: str) -> RunLog:
         log = self.logs.get(run_id)
+        if run_id in self.mending or (log is not None and log.failed):
+            raise StorageFailure(
+                f"the log of run {run_id} cannot be written: its disk is full or broken. Nothing was "
+                "done; try again when there is room"
+            )
         if log is None:
             raise NotFound(
                 f"run {run_id!r} is not open on this learner; "
-                "service.resume_training_client(run_id) opens it from its newest checkpoint"
+                "service.resume_training_client(run_id) opens it again"
             )
         return log
 
     def _take_heads(self) -> list[tuple[RunLog, Entry]]:
-        """The next operation of every run that has it and no batch under way."""
-        heads = []
+        """The next operation of every run that has it and no batch under way; where learners have
+        died of one, that one alone."""
         for log in self.logs.values():
-            if log.under_way is None and log.next_seq_id in log.waiting:
-                entry = log.waiting.pop(log.next_seq_id)
-                log.next_seq_id += 1
-                log.under_way = entry if entry.kind in BATCHES else None
-                heads.append((log, entry))
-        return heads
+            if log.suspect:
+                idle = not self.batches and not self.finishing
+                entry = log.take_alone() if idle else None
+                return [] if entry is None else [(log, entry)]
+        heads = [(log, log.take_head()) for log in self.logs.values()]
+        return [(log, entry) for log, entry in heads if entry is not None]
 
     async def _apply_logs(self) -> None:
         while True:
@@ -386,34 +514,64 @@ class Learner(Observed):
                     log = self.batches.pop(finished.number)
                     entry, log.under_way = log.under_way, None
                     assert entry is not None
-                    _settle(entry.future, finished.output, finished.error)
+                    applied = entry.kind in EFFECTS and finished.error is None
+                    log.settle(entry, finished.output, finished.error, applied)
             else:
                 self.wake.clear()
                 await self.wake.wait()
 
     async def _start(self, heads: list[tuple[RunLog, Entry]]) -> None:
         """Apply operations of different runs, or, of batches, hand them to the engine."""
-        for _, entry in heads:
-            if entry.kind == "skip" and not entry.future.done():
-                entry.future.set_result(None)
+        for log, entry in heads:
+            if entry.kind == "skip":
+                log.settle(entry, None, None, False)
         heads = [(log, entry) for log, entry in heads if entry.kind != "skip"]
         if any(entry.kind == "load_state" for _, entry in heads):
             await self._settle_writes()
         for log, entry in heads:
-            self.watch.began(log.run_id, entry.kind, entry.future)
+            self.watch.began(log.run_id, entry.seq_id, entry.kind, entry.future)
         outcomes = await self._in_engine(self._apply_all, heads)
         for (log, entry), outcome in zip(heads, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 log.under_way = None
-                entry.future.set_exception(outcome)
-            elif entry.kind in BATCHES:
+                self._settle(log, entry, None, outcome, False)
+                continue
+            if entry.kind == "load_state":
+                log.rest()  # the checkpoint may be deleted
+            if entry.kind in BATCHES:
                 self.batches[outcome] = log
             elif isinstance(outcome, Coroutine):
-                task = asyncio.create_task(_finish(outcome, entry.future))
+                task = asyncio.create_task(self._finish(log, entry, outcome))
                 self.finishing.add(task)
-                task.add_done_callback(self.finishing.discard)
+                task.add_done_callback(self._finished)
             else:
-                entry.future.set_result(outcome)
+                self._settle(log, entry, outcome, None, entry.kind in EFFECTS)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self.finishing.discard(task)
+        self.wake.set()
+
+    async def _finish(self, log: RunLog, entry: Entry, outcome: Coroutine[Any, Any, Any]) -> None:
+        result, error = None, None
+        try:
+            result = await outcome
+        except (TinsmithError, OSError, ValueError) as failure:
+            error = failure
+        except BaseException as failure:
+            error = TinsmithError(f"{type(failure).__name__}: {failure}")
+            raise
+        finally:
+            self._settle(log, entry, result, error, entry.kind in EFFECTS)
+
+    def _settle(
+        self, log: RunLog, entry: Entry, value: Any, error: BaseException | None, applied: bool
+    ) -> None:
+        if entry.kind == "snapshot":
+            log.settle_snapshot(entry, error)
+            if error is not None:
+                logger.warning("no snapshot of run %s: %s", log.run_id, error)
+            return
+        log.settle(entry, value, error, applied)
 
     async def _settle_writes(self) -> None:
         if self.finishing:
@@ -438,6 +596,7 @@ class Learner(Observed):
         steps = self._steps(due) if due else {}
         outcomes: list[Any] = []
         for log, entry in heads:
+            log.given_before = entry.settled
             try:
                 outcomes.append(self._apply(log, entry, steps))
             except Exception as error:
@@ -470,11 +629,32 @@ class Learner(Observed):
 
     def _op_publish(
         self, log: RunLog, keep: bool, every_step: bool
-    ) -> Coroutine[Any, Any, PublishResponse]:
+    ) -> Coroutine[Any, Any, PublishResponse] | None:
         """Make the weights the run's newest. `keep` holds this version for clients pinned to it
         when newer ones come; `every_step` publishes after every later step too."""
-        log.publish_steps = log.publish_steps or every_step
-        return self._publication(log.run_id, keep)
+        log.publish_steps, log.published = log.publish_steps or every_step, True
+        if log.given_before and not log.republish:
+            return None
+        return self._publication(log, keep)
+
+    def _op_snapshot(self, log: RunLog, seconds: float, **about: Any) -> Coroutine[Any, Any, None]:
+        state, version, share = self._whole_state(log.run_id)
+        lora = self.engine.runs[log.run_id].config
+
+        async def write() -> None:
+            # What is under way before it, as saving, has its result in the log or in here.
+            before = about["next_seq_id"]
+            waiting = {f for i, f in log.results.items() if i < before and not f.done()}
+            if waiting:
+                there = asyncio.create_task(asyncio.wait(waiting))
+                ends: set[asyncio.Future[Any]] = {there, log.over}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wrap_future(log.journal.on_disk())
+            results = log.journal.results(before)
+            all_about = About(log.run_key, lora, version, share, results=results, **about)
+            await asyncio.to_thread(log.journal.save, all_about, state)
+
+        return write()
 
     def _op_set_share(self, log: RunLog, share: float) -> None:
         self.engine.queue.weights[log.run_id] = share
@@ -494,13 +674,13 @@ class Learner(Observed):
         )
 
     def _op_save_state(self, log: RunLog, name: str, **how: Any) -> Any:
-        return self._save(CheckpointPath(log.run_id, "weights", name), **how)
+        return self._save(log, CheckpointPath(log.run_id, "weights", name), **how)
 
     def _op_save_weights_for_sampler(self, log: RunLog, name: str, **how: Any) -> Any:
-        return self._save(CheckpointPath(log.run_id, "sampler_weights", name), **how)
+        return self._save(log, CheckpointPath(log.run_id, "sampler_weights", name), **how)
 
     def _op_save_weights_external(self, log: RunLog, name: str, **how: Any) -> Any:
-        return self._save(CheckpointPath(log.run_id, "external_weights", name), **how)
+        return self._save(log, CheckpointPath(log.run_id, "external_weights", name), **how)
 
     def _op_load_state(self, log: RunLog, path: str, optimizer: bool) -> Any:
         self._load_checkpoint(log.run_id, path, optimizer, False)
@@ -516,9 +696,9 @@ class Learner(Observed):
 
     def _with_publication(self, log: RunLog, response: Any) -> Any:
         """`response`, once the weights that came with it are published, if they are to be."""
-        if not log.publish_steps:
+        if not log.publish_steps or log.given_before:
             return response
-        publication = self._publication(log.run_id, keep=False)
+        publication = self._publication(log, keep=False)
 
         async def publish() -> Any:
             published = await publication
@@ -529,14 +709,15 @@ class Learner(Observed):
 
         return publish()
 
-    def _publication(self, run_id: str, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
-        run = self.engine.runs[run_id]
+    def _publication(self, log: RunLog, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
+        run_id, run = log.run_id, self.engine.runs[log.run_id]
         flat, version, config = self.engine.export(run_id).numpy(), run.version, run.config
 
         async def send() -> PublishResponse:
             started = time.perf_counter()
             # A run's versions reach the sampler in order: the last to arrive is what is live.
-            async with self._log(run_id).publishing:
+            await asyncio.wrap_future(log.journal.on_disk())
+            async with log.publishing:
                 sampler = await self._sampler()
                 try:
                     await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
@@ -549,6 +730,7 @@ class Learner(Observed):
 
     def _save(
         self,
+        log: RunLog,
         path: CheckpointPath,
         user_metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
@@ -562,7 +744,10 @@ class Learner(Observed):
         else:
             state = {"params": self.engine.export(path.run_id)}
         version, layout = run.version, run.layout
+        seq_id = log.next_seq_id - 1
+        operation = f"{log.run_key}:{seq_id}"
         manifest = {
+            "operation": operation,
             "base_model": self.base_model,
             "lora": asdict(run.config),
             "version": version,
@@ -590,6 +775,10 @@ class Learner(Observed):
             return checkpoint, staged
 
         async def save() -> SaveResponse:
+            # A learner that died may have saved it, before it could write that down.
+            if seq_id <= log.replayed and await self._is_saved(path, operation):
+                return SaveResponse(str(path))
+            await asyncio.wrap_future(log.journal.on_disk())
             async with self.writing:  # in order: of two saves by one name the later one stays
                 checkpoint, staged = await asyncio.to_thread(write)
                 # The controller alone gives out names: saving, copying and deleting cannot collide.
@@ -597,6 +786,14 @@ class Learner(Observed):
             return SaveResponse(str(path))
 
         return save()
+
+    async def _is_saved(self, path: CheckpointPath, operation: str) -> bool:
+        try:
+            await Op(self.controller.call("get_checkpoint", str(path)))
+            manifest = await asyncio.to_thread(self.storage.read_manifest, str(path))
+        except NotFound:
+            return False
+        return manifest.get("operation") == operation
 
     def _load_checkpoint(self, run_id: str, path: str, optimizer: bool, resume: bool) -> None:
         """Load weights (and optimizer); `resume` also takes over the checkpoint's version."""
@@ -615,20 +812,7 @@ class Learner(Observed):
         self.engine.load(run_id, params, state, manifest["version"] if resume else None)
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
-
-
-async def _finish(outcome: Coroutine[Any, Any, Any], future: asyncio.Future[Any]) -> None:
-    try:
-        result = await outcome
-    except (TinsmithError, OSError, ValueError) as error:
-        future.set_exception(error)
-    except BaseException as error:
-        future.set_exception(TinsmithError(f"{type(error).__name__}: {error}"))
-        raise
-    else:
-        future.set_result(result)
+def _pass_on(future: asyncio.Future[Any], done: asyncio.Future[Any]) -> None:
+    if not future.done() and not done.cancelled():
+        error = done.exception()
+        finish(future, None if error else done.result(), error)

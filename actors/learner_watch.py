@@ -129,11 +129,13 @@ class LearnerWatch:
         self._ops[future] = op
         future.add_done_callback(self._ended)
 
-    def began(self, run_id: str, kind: str, future: Future) -> None:
-        """It is its turn."""
+    def began(self, run_id: str, seq_id: int, kind: str, future: Future) -> None:
+        """It is its turn. One with a result is done again for what it does to the run."""
+        if future.done():
+            return
         op = self._ops.get(future)
         if op is None:
-            op = _Op(run_id, 0, kind, counted=False)
+            op = _Op(run_id, seq_id, kind, counted=False)
             self._enter(op, future)
         op.began = time.perf_counter()
         op.slot = self.notes.begin(kind, run_id, op.seq_id, op.tokens)

@@ -166,8 +166,7 @@ class Draw:
         for start, end in zip(flat.start_indices[:count], flat.end_indices[:count], strict=True):
             self.logprobs.append(flat.logprobs[start])
             if k:
-                likeliest = slice(start + 1, end)
-                self.top.append((flat.token_ids[likeliest], flat.logprobs[likeliest]))
+                self.top.append(likeliest(flat, start, end, k))
         stops = self.request.params.stop_strings
         if completion.finish_reason == "length" and len(self.tokens) < self.max_tokens:
             raise TinsmithError("vLLM ended a sample before its max_tokens")
@@ -232,6 +231,16 @@ class Draw:
             self.stop_reason or "length",
             top,
         )
+
+
+def likeliest(flat: Any, start: int, end: int, k: int) -> tuple[list[int], list[float]]:
+    """The `k` likeliest tokens of a position and their logprobs. Told by rank: the drawn token is
+    the first entry, and where vLLM joined outputs it isn't said again in its place among them."""
+    place = slice(start, end)
+    tokens = zip(flat.token_ids[place], flat.logprobs[place], strict=True)
+    by_rank = dict(zip(flat.ranks[place], tokens, strict=True))
+    ids, logprobs = zip(*(by_rank[rank] for rank in range(1, k + 1)), strict=True)
+    return list(ids), list(logprobs)
 
 
 @contextmanager

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from ..gateway.keys import KeyFile
+from ..gateway.quotas import Quota
 from ..primitives.paths import default_home
 from .options import AsJson, print_json, print_table
 
@@ -23,12 +25,37 @@ File = Annotated[
     ),
 ]
 Owner = Annotated[str, typer.Argument(help="Whose key it is.")]
+Runs = Annotated[
+    int | None,
+    typer.Option(min=1, show_default="no limit", help="Training runs open at once."),
+]
+TokensPerMinute = Annotated[
+    int | None,
+    typer.Option(
+        min=1, show_default="no limit", help="Tokens trained on, prompted and sampled, together."
+    ),
+]
+ResidentBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default="no limit",
+        help="Bytes of the open runs' adapters, gradients and optimizer states.",
+    ),
+]
 
 
 @app.command()
-def add(owner: Owner, file: File, as_json: AsJson = False) -> None:
+def add(
+    owner: Owner,
+    file: File,
+    runs: Runs = None,
+    tokens_per_minute: TokensPerMinute = None,
+    resident_bytes: ResidentBytes = None,
+    as_json: AsJson = False,
+) -> None:
     """Make a key for OWNER and print it, this once: the file keeps only its hash."""
-    key = KeyFile(file).add(owner)
+    key = KeyFile(file).add(owner, Quota(runs, tokens_per_minute, resident_bytes))
     if as_json:
         print_json({"owner": owner, "key": key})
         return
@@ -36,20 +63,47 @@ def add(owner: Owner, file: File, as_json: AsJson = False) -> None:
     typer.echo(f"export TINKER_API_KEY={key}")
 
 
+@app.command()
+def limit(
+    owner: Owner,
+    file: File,
+    runs: Runs = None,
+    tokens_per_minute: TokensPerMinute = None,
+    resident_bytes: ResidentBytes = None,
+) -> None:
+    """Set what OWNER may use, all of it anew, at once also in services that run."""
+    quota = Quota(runs, tokens_per_minute, resident_bytes)
+    KeyFile(file).limit(owner, quota)
+    typer.echo(f"{owner} may use: {quota}")
+
+
 @app.command("list")
 def list_(file: File, as_json: AsJson = False) -> None:
     """Who has a key."""
     entries = KeyFile(file).list()
     if as_json:
-        print_json([{"owner": entry.owner, "created": entry.created} for entry in entries])
+        print_json(
+            [
+                {
+                    "owner": entry.owner,
+                    "created": entry.created,
+                    "quota": msgspec.to_builtins(entry.quota),
+                }
+                for entry in entries
+            ]
+        )
     elif not entries:
         typer.echo(f"no keys in {file} yet; `tinsmith keys add OWNER` makes one")
     else:
         rows = [
-            [entry.owner, time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.created))]
+            [
+                entry.owner,
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.created)),
+                str(entry.quota),
+            ]
             for entry in entries
         ]
-        print_table(f"keys in {file}", ["owner", "created"], rows)
+        print_table(f"keys in {file}", ["owner", "created", "quota"], rows)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..actors.wal import REPLAY_SECONDS
 from ..primitives.errors import Unavailable
 from .options import (
     Address,
@@ -60,6 +61,12 @@ def serve(
     base_weights: BaseWeights = "auto",
     reorder_sampler_weights: ReorderSamplerWeights = False,
     samplers: Samplers = 1,
+    replay_seconds: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that doing a run's operations again may take when a learner died."
+        ),
+    ] = REPLAY_SECONDS,
     trace_file: Annotated[
         Path | None,
         typer.Option(
@@ -107,6 +114,7 @@ def serve(
             base_weights=base_weights,
             reorder_sampler_weights=reorder_sampler_weights,
             samplers=samplers,
+            replay_seconds=replay_seconds,
             trace_file=trace_file,
             verbose=verbose,
         ) as service:

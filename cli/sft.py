@@ -13,7 +13,7 @@ from rich.console import Console
 from ..algorithms.fit_config import SupervisedConfig
 from ..primitives.errors import InvalidInput
 from .config import chosen_config, with_config_flags
-from .options import Address, AsJson, BaseWeights, Home, Resume, RunDir, print_json
+from .options import Address, AsJson, BaseWeights, Home, Layout, Resume, RunDir, print_json
 
 
 @with_config_flags(SupervisedConfig, without=("data",))
@@ -34,6 +34,7 @@ def sft(
     resume: Resume = None,
     address: Address = None,
     base_weights: BaseWeights = "auto",
+    layout: Layout = None,
     as_json: AsJson = False,
     **flags: Any,
 ) -> None:
@@ -50,7 +51,9 @@ def sft(
     if resume is None and not settings.data:
         raise InvalidInput("name a file of rows: tinsmith sft DATA.JSONL")
     console = Console(stderr=as_json)
-    opened: dict[str, Any] = dict(address=address, home=home, base_weights=base_weights)
+    opened: dict[str, Any] = dict(
+        address=address, home=home, base_weights=base_weights, layout=layout
+    )
     summary = asyncio.run(_run(settings, run_dir, resume, opened, console))
     if as_json:
         print_json(summary)

@@ -38,24 +38,29 @@ class _Concatenation(torch.autograd.Function):
     def forward(
         ctx: Any, own: Tensor, sizes: list[int], dim: int, alike: bool, group: Any
     ) -> Tensor:
-        ctx.own, ctx.dim, ctx.alike, ctx.group = _place(sizes, group), dim, alike, group
+        ctx.sizes, ctx.dim, ctx.alike, ctx.group = sizes, dim, alike, group
         return _gathered(own, sizes, dim, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        total = grads[0] if ctx.alike else _added(grads[0], ctx.group)
-        return total.narrow(ctx.dim, *ctx.own), None, None, None, None
+        if ctx.alike:
+            own = grads[0].narrow(ctx.dim, *_place(ctx.sizes, ctx.group))
+        else:
+            own = _summed_share(grads[0], ctx.sizes, ctx.dim, ctx.group)
+        return own, None, None, None, None
 
 
-class _Share(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, terms: Tensor, sizes: list[int], group: Any) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _added(terms, group).narrow(0, *_place(sizes, group))
+    def forward(
+        ctx: Any, values: Tensor, sent: list[int], received: list[int], group: Any
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchanged(values, sent, received, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _gathered(grads[0], ctx.sizes, 0, ctx.group), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
 
 
 def _place(sizes: list[int], group: Any) -> tuple[int, int]:
@@ -64,11 +69,38 @@ def _place(sizes: list[int], group: Any) -> tuple[int, int]:
     return sum(sizes[:rank]), sizes[rank]
 
 
+def _filled(part: Tensor, size: int) -> Tensor:
+    """Contiguous, and as long as the longest rank's: what ranks tell each other is of one size."""
+    if len(part) == size:
+        return part.contiguous()
+    filled = part.new_zeros(size, *part.shape[1:])
+    filled[: len(part)] = part
+    return filled
+
+
 def _gathered(own: Tensor, sizes: list[int], dim: int, group: Any) -> Tensor:
-    total = own.new_zeros([*own.shape[:dim], sum(sizes), *own.shape[dim + 1 :]])
-    total.narrow(dim, *_place(sizes, group)).copy_(own)
-    dist.all_reduce(total, group=group)
-    return total
+    most = max(sizes)
+    filled = _filled(own.transpose(0, dim), most)
+    parts = filled.new_empty(len(sizes), *filled.shape)
+    dist.all_gather(list(parts.unbind()), filled, group=group)
+    if most == min(sizes):
+        return parts.flatten(0, 1).transpose(0, dim)
+    told = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    return torch.cat(told).transpose(0, dim)
+
+
+def _summed_share(total: Tensor, sizes: list[int], dim: int, group: Any) -> Tensor:
+    most = max(sizes)
+    parts = [_filled(part, most) for part in total.transpose(0, dim).split(sizes)]
+    own = torch.empty_like(parts[0])
+    dist.reduce_scatter(own, parts, group=group)
+    return own[: sizes[dist.get_rank(group)]].transpose(0, dim)
+
+
+def _exchanged(values: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    told = values.new_empty(sum(received), *values.shape[1:])
+    dist.all_to_all_single(told, values.contiguous(), received, sent, group=group)
+    return told
 
 
 def _added(values: Tensor, group: Any) -> Tensor:
@@ -87,9 +119,15 @@ def copied(values: Tensor, group: Any) -> Tensor:
     return _Copy.apply(values, group)
 
 
-def shared_out(terms: Tensor, sizes: list[int], group: Any) -> Tensor:
-    """This rank's rows of the sum over ranks, of which rank r of the group has `sizes[r]`."""
-    return _Share.apply(terms, sizes, group)
+def exchanged(values: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    """Values of all ranks for this one, rank by rank: `sent[r]` of these are for rank r of the group, and
+    `received[r]` of its own for this rank."""
+    return _Exchange.apply(values, sent, received, group)
+
+
+def exchanged_counts(sent_R: Tensor, group: Any) -> Tensor:
+    """How many each rank has for this one, which has that many for each of them."""
+    return _exchanged(sent_R, [1] * len(sent_R), [1] * len(sent_R), group)
 
 
 def concatenated(

@@ -20,8 +20,8 @@ class Layout:
             share of the MLP's inner size.
         context: ranks that compute one part together by its rows: every token is one's, and its keys and
             values all others'.
-        expert: ranks that a mixture's experts are spread over. They are found among the data x shard
-            ranks, which it divides: it adds none.
+        expert: ranks that a mixture's experts are spread over. They are found among the data x shard x
+            context ranks, which it divides: it adds none.
     """
 
     data: int = 1
@@ -34,9 +34,11 @@ class Layout:
         for name, degree in self._degrees().items():
             if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
                 raise InvalidInput(f"layout: {name} must be an integer from 1, got {degree!r}")
-        if self.parts % self.expert:
+        if self.holders % self.expert:
+            hint = "; tensor ranks share them out anyway: leave expert out" * (self.tensor > 1)
             raise InvalidInput(
-                f"layout {self}: expert={self.expert} must divide data x shard = {self.parts}"
+                f"layout {self}: expert={self.expert} must divide data x shard x context = "
+                f"{self.holders}, on whose ranks experts are spread{hint}"
             )
 
     def _degrees(self) -> dict[str, Any]:
@@ -75,6 +77,11 @@ class Layout:
         return self.context * self.tensor
 
     @property
+    def holders(self) -> int:
+        """Ranks, or groups of tensor ranks, that have rows of their own."""
+        return self.parts * self.context
+
+    @property
     def parts(self) -> int:
         """Into how many a batch is cut."""
         return self.data * self.shard
@@ -96,12 +103,9 @@ class Layout:
         experts = getattr(config, "num_experts", None)
         if self.expert > 1 and not experts:
             raise InvalidInput(f"layout {self}: the model ({config.model_type}) has no experts")
-        if experts and experts % self.expert:
+        if experts and experts % (self.expert * self.tensor):
             raise InvalidInput(
-                f"layout {self}: expert={self.expert} does not divide the model's {experts} experts"
-            )
-        if experts and self.together > 1:
-            raise InvalidInput(
-                f"layout {self}: a mixture of experts ({config.model_type}) is cut by data, shard and "
-                "expert only, so far"
+                f"layout {self}: expert x tensor = {self.expert * self.tensor} does not divide the "
+                f"model's {experts} experts, of which a rank has whole ones; take more shard ranks, or "
+                "context ranks, and fewer of these"
             )

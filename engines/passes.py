@@ -114,19 +114,19 @@ def run_pass(
     checkpointing: bool = False,
     *,
     backward: bool | None = None,
-    group: Sequence[Sequence[Work]] = (),
+    group: Mapping[int, Sequence[Work]] | None = None,
 ) -> Outcome:
     """Compute all `works` (either all `backward` or none) in one pass; without works, which only a
     backbone in lockstep is given, `backward` says which. `group`: where experts are spread, the works of
-    all ranks that have them together; the outcome's `beside` are then the flat gradients, of this rank's
-    experts, of the other ranks' works in order."""
+    all parts whose ranks have them together; the outcome's `beside` are then the flat gradients, of this
+    rank's experts, of the other parts' works in order."""
     with frugal(checkpointing):
         return _run_pass(
             backbone,
             works,
             checkpointing,
             works[0].backward if backward is None else backward,
-            group,
+            group or {},
         )
 
 
@@ -135,7 +135,7 @@ def _run_pass(
     works: Sequence[Work],
     checkpointing: bool,
     backward: bool,
-    group: Sequence[Sequence[Work]],
+    group: Mapping[int, Sequence[Work]],
 ) -> Outcome:
     started = time.perf_counter()
     device = backbone.device
@@ -176,25 +176,28 @@ def _run_pass(
 
 
 def _spread(
-    backbone: Backbone, group: Sequence[Sequence[Work]], own: Sequence[Leaves]
+    backbone: Backbone, group: Mapping[int, Sequence[Work]], own: Sequence[Leaves]
 ) -> list[Leaves]:
-    """Tell spread experts of all ranks' rows; the adapters of the other ranks' works, as leaves."""
-    spread, beside, start = backbone.spread, [], 0
+    """Tell spread experts of all parts' rows; the adapters of the other parts' works, as leaves."""
+    spread = backbone.spread
+    beside: list[Leaves] = []
     assert spread is not None
-    spread.sizes, spans = [], []
-    for rank, works in enumerate(group):
-        stop = start
-        for index, work in enumerate(works):
-            factors = own[index] if rank == spread.rank else _leaves(work)
-            if rank != spread.rank:
-                beside.append(factors)
-            rows = len(work.unit.pack.tokens)
-            spans.append(Span(stop, stop + rows, Adapter(work.layout, factors)))
-            stop += rows
-        spread.sizes.append(max(stop - start, MIN_ROWS))
-        start += spread.sizes[-1]
-    spread.spans = spans
+    parts: dict[int, tuple[int, list[Span]]] = {}
+    for part, works in group.items():
+        leaves = own if part == spread.part else [_leaves(work) for work in works]
+        if part != spread.part:
+            beside += leaves
+        bounds = np.cumsum([0, *(len(work.unit.pack.tokens) for work in works)]).tolist()
+        parts[part] = max(bounds[-1], MIN_ROWS), _spans(works, leaves, bounds)
+    spread.prepare(parts)
     return beside
+
+
+def _spans(works: Sequence[Work], leaves: Sequence[Leaves], bounds: Sequence[int]) -> list[Span]:
+    return [
+        Span(start, stop, Adapter(work.layout, factors))
+        for work, factors, start, stop in zip(works, leaves, bounds, bounds[1:], strict=False)
+    ]
 
 
 def pass_shape(units: Sequence[Unit]) -> PassShape:
@@ -248,10 +251,7 @@ def _hidden(
         TreeAttention(
             segments, paths, backbone.num_heads // backbone.num_kv_heads, backbone.device
         ),
-        [
-            Span(start, stop, Adapter(work.layout, factors))
-            for work, factors, start, stop in zip(works, leaves, bounds, bounds[1:], strict=False)
-        ],
+        _spans(works, leaves, bounds),
         checkpointing=checkpointing,
         routed_TLK=_routed(backbone, [work.unit for work in works], max(bounds[-1], MIN_ROWS)),
     )

@@ -37,7 +37,8 @@ class Ranks:
         place: its place among those that compute it, of which it is one of
         context_rank: by rows, and
         tensor_rank: by products.
-        expert_rank: its place among those that have a mixture's experts together.
+        expert_rank: its place among those that have a mixture's experts together, which are
+        expert_members: by part and `context_rank`.
         control: a group for what is said between passes, on the CPU.
     """
 
@@ -61,12 +62,19 @@ class Ranks:
         self.context, self.tensor = self.mesh.get_group("context"), self.mesh.get_group("tensor")
         starts = range(0, layout.world, layout.together)
         members = [list(range(start, start + layout.together)) for start in starts]
-        blocks = [list(range(s, s + layout.expert)) for s in range(0, layout.world, layout.expert)]
-        self.expert_rank = rank % layout.expert
-        self.experts = [dist.new_group(ranks, timeout=PASS) for ranks in blocks][
-            rank // layout.expert
-        ]
         self.together = [dist.new_group(ranks, timeout=PASS) for ranks in members][self.part]
+        holder = rank // layout.tensor
+        first, self.expert_rank = holder - holder % layout.expert, holder % layout.expert
+        holders = range(first, first + layout.expert)
+        self.expert_members = [divmod(holder, layout.context) for holder in holders]
+        for start in range(0, layout.holders, layout.expert):
+            for tensor_rank in range(layout.tensor):
+                holders = range(start, start + layout.expert)
+                group = dist.new_group(
+                    [h * layout.tensor + tensor_rank for h in holders], timeout=PASS
+                )
+                if (start, tensor_rank) == (first, self.tensor_rank):
+                    self.experts = group
 
     def tell(self, message: Any = None) -> Any:
         """Rank 0's message (picklable), on every rank."""

@@ -13,10 +13,13 @@ Dimension names: T packed rows, L layers with routers, K experts of a row, E exp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .exchange import concatenated
 
 
 class Routing:
@@ -49,6 +52,15 @@ class Routing:
         self.chosen_L[layer] = ids_TK
         self.entropy_L[layer] = -torch.special.xlogy(p_TE, p_TE).sum(-1)
         return ids_TK
+
+    def gather(self, sizes: list[int], group: Any) -> None:
+        """What was chosen for the rows of all ranks that share a pass's, of which rank r of the group
+        has `sizes[r]`."""
+        chosen, entropy = (
+            concatenated(torch.stack(of_layers, 1), sizes, group)
+            for of_layers in (self.chosen_L, self.entropy_L)
+        )
+        self.chosen_L, self.entropy_L = list(chosen.unbind(1)), list(entropy.unbind(1))
 
     def load(self, start: int, stop: int) -> RouterLoad:
         """Of rows `[start, stop)`."""

@@ -24,7 +24,7 @@ from .backbone import Attention, Backbone
 from .base_weights import QUANTIZED, BaseWeights
 from .context_parallel import ContextAttention, own_spans
 from .exchange import concatenated, copied
-from .experts import RoutedExperts
+from .experts import RoutedExperts, Router
 from .lora import UNEMBED, LoraLinear, Span
 from .memory import GATHERED_LAYERS
 from .quantized import PackedWeight
@@ -34,11 +34,12 @@ from .spread_experts import Spread, SpreadExperts
 from .target_logprobs import UnembedSpan
 from .tensor_parallel import (
     ColumnParallel,
+    Replicated,
     RowParallel,
     Style,
     copy_inputs,
     share,
-    styles,
+    style_of,
 )
 from .tree_attention import TreeAttention, row_edges
 
@@ -90,8 +91,7 @@ class ShardedBackbone(Backbone):
     def _wrapped(self, linear: nn.Linear, name: str, packed: PackedWeight | None) -> LoraLinear:
         if self.ranks.layout.tensor == 1 or name == UNEMBED:
             return super()._wrapped(linear, name, packed)
-        if not self.styles:
-            self.styles = styles(self.config, [n for n in self.targets if n != UNEMBED])
+        self.styles[name] = style_of(self.config, name)
         kind = ColumnParallel if self.styles[name] == "colwise" else RowParallel
         return kind(linear, name, self.lora, self.ranks)
 
@@ -99,7 +99,7 @@ class ShardedBackbone(Backbone):
         if not self.cut:
             super()._place()
             return
-        if self.ranks.layout.expert > 1:
+        if self.routing is not None:
             self._spread_experts()
         columns = {n.rpartition(".")[0] for n, style in self.styles.items() if style == "colwise"}
         for name in columns:
@@ -110,19 +110,20 @@ class ShardedBackbone(Backbone):
         self._read()
 
     def _spread_experts(self) -> None:
-        ranks = self.ranks
-        self.spread = Spread(ranks.experts, ranks.expert_rank, ranks.layout.expert)
+        ranks, spread = self.ranks, Spread(self.ranks)
+        self.spread = spread if ranks.layout.expert > 1 else None
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, RoutedExperts):
+            if isinstance(module, RoutedExperts) and ranks.layout.expert * ranks.layout.tensor > 1:
                 parent, _, leaf = name.rpartition(".")
-                experts = SpreadExperts(module, self.spread)
-                setattr(self.model.get_submodule(parent), leaf, experts)
+                setattr(self.model.get_submodule(parent), leaf, SpreadExperts(module, spread))
+            elif isinstance(module, Router) and ranks.layout.tensor > 1:
+                module.linear = Replicated(module.linear, ranks)
 
     def _shard_layers(self) -> None:
         spread = {
             parameter
             for module in self.model.modules()
-            if isinstance(module, SpreadExperts)
+            if isinstance(module, SpreadExperts) and self.spread is not None
             for parameter in module.parameters()
         }
         sizes = [sum(p.nbytes for p in set(layer.parameters()) - spread) for layer in self.layers]
@@ -204,7 +205,10 @@ class ShardedBackbone(Backbone):
             cut,
             own_spans(spans, start, stop),
             checkpointing=checkpointing,
+            routed_TLK=None if routed_TLK is None else routed_TLK[start:stop],
         )
+        if self.routing is not None:
+            self.routing.gather(cut.sizes, self.ranks.context)
         return concatenated(hidden_SD, cut.sizes, self.ranks.context)
 
     def target_logprobs(

@@ -69,10 +69,9 @@ def _compute(
     for values in params:
         ranks.share_out(values)
     # The parts of the ranks that this one has experts together with.
-    first = ranks.part - ranks.expert_rank
-    parts = order.parts[first : first + ranks.layout.expert]
-    group = [
-        [
+    parts = dict.fromkeys(part for part, _ in ranks.expert_members)
+    group = {
+        part: [
             Work(
                 i.unit,
                 order.layouts[i.adapter],
@@ -81,11 +80,11 @@ def _compute(
                 i.config,
                 order.backward,
             )
-            for i in part
+            for i in order.parts[part]
         ]
         for part in parts
-    ]
-    works = group[ranks.expert_rank]
+    }
+    works = group[ranks.part]
     outcome = run_pass(backbone, works, order.checkpointing, backward=order.backward, group=group)
     grads: list[Tensor] = []
     if order.backward:
@@ -95,7 +94,7 @@ def _compute(
             for item, result in zip(order.parts[ranks.part], outcome.results, strict=True)
             if isinstance(result, Result) and result.grad is not None
         ]
-        others = [i for rank, part in enumerate(parts) if rank != ranks.expert_rank for i in part]
+        others = [item for part in parts if part != ranks.part for item in order.parts[part]]
         given += zip(others, outcome.beside, strict=True)
         for item, term in given:
             before = own.get(item.adapter)

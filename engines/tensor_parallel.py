@@ -31,24 +31,20 @@ def share(size: int, rank: int, ranks: int) -> slice:
     return slice(min(rank * chunk, size), min((rank + 1) * chunk, size))
 
 
-def styles(config: Any, names: list[str]) -> dict[str, Style]:
-    """How transformers' plan for the model cuts each of these linear layers.
+def style_of(config: Any, name: str) -> Style:
+    """How transformers' plan for the model cuts that linear layer.
 
     Raises:
-        InvalidInput: the plan leaves one out.
+        InvalidInput: the plan leaves it out.
     """
     plan = getattr(config, "base_model_tp_plan", None) or {}
-    found: dict[str, Style] = {}
-    for name in names:
-        inside = re.sub(r"\.\d+\.", ".*.", name.removeprefix("model."))
-        style = plan.get(inside)
-        if style not in ("colwise", "rowwise"):
-            raise InvalidInput(
-                f"transformers has no tensor-parallel plan for {name} of {config.model_type} "
-                f"({style}); take a layout with tensor=1"
-            )
-        found[name] = style
-    return found
+    style = plan.get(re.sub(r"\.\d+\.", ".*.", name.removeprefix("model.")))
+    if style not in ("colwise", "rowwise"):
+        raise InvalidInput(
+            f"transformers has no tensor-parallel plan for {name} of {config.model_type} "
+            f"({style}); take a layout with tensor=1"
+        )
+    return style
 
 
 def _narrowed(base: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
@@ -92,6 +88,23 @@ class RowParallel(LoraLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return summed(super().forward(x), self.ranks.tensor)
+
+
+class Replicated(LoraLinear):
+    """Whole on every rank, which all compute alike: of A and B the first alone has a gradient, which is
+    already that of all."""
+
+    def __init__(self, whole: LoraLinear, ranks: Ranks) -> None:
+        base = nn.Linear(whole.in_features, whole.out_features, False, "meta")
+        assert whole.weight is not None
+        base.weight = whole.weight
+        super().__init__(base, whole.name, whole.context)
+        self.ranks = ranks
+
+    def used(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        if self.ranks.tensor_rank == 0:
+            return a_RI, b_OR
+        return a_RI.detach(), b_OR.detach()
 
 
 def copy_inputs(module: nn.Module, ranks: Ranks) -> None:

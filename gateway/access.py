@@ -7,6 +7,7 @@ from typing import Protocol
 from fastapi import Request
 
 from ..primitives.errors import TinsmithError
+from .quotas import Quota
 
 EVERYBODY = "local"
 
@@ -18,6 +19,8 @@ def is_local(request: Request) -> bool:
 
 class Keys(Protocol):
     def owner(self, key: str) -> str | None: ...
+
+    def quota(self, owner: str) -> Quota: ...
 
 
 class Unauthorized(TinsmithError):
@@ -49,3 +52,7 @@ class Access:
         if owner is None:
             raise Unauthorized("send a valid API key: TINKER_API_KEY, or a bearer token")
         return owner
+
+    def quota(self, owner: str) -> Quota:
+        """What the owner may use: without keys, all."""
+        return Quota() if self._keys is None else self._keys.quota(owner)

@@ -10,10 +10,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from ..primitives.errors import InvalidInput, NotFound, OutOfCapacity, TinsmithError, Unavailable
+from ..primitives.errors import (
+    Busy,
+    InvalidInput,
+    NotFound,
+    OutOfCapacity,
+    TinsmithError,
+    Unavailable,
+)
 from .access import Unauthorized
+from .back_pressure import retry_headers
 from .body_limit import BodyLimit
-from .core import Busy, Gateway
+from .core import Gateway
 from .observed import GatewayWatch, Watched, metrics_route
 from .openai import openai_router
 from .policies import GatewayPolicies
@@ -52,7 +60,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     @app.exception_handler(TinsmithError)
     async def refused(request: Request, error: TinsmithError) -> JSONResponse:
         status = next((s for kind, s in STATUS.items() if isinstance(error, kind)), 500)
-        return JSONResponse({"detail": str(error)}, status)
+        return JSONResponse({"detail": str(error)}, status, retry_headers(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -12,16 +12,24 @@ import contextlib
 import logging
 import time
 import uuid
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..primitives import logs, tracing
-from ..primitives.client import RunGrant, SamplerGrant, ServiceClient
-from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
+from ..primitives.client import SamplerGrant, ServiceClient
+from ..primitives.errors import (
+    Busy,
+    InvalidInput,
+    NotFound,
+    OutOfCapacity,
+    TinsmithError,
+    Unavailable,
+)
+from ..primitives.learner_link import LearnerLink, RunGrant
 from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath
 from ..primitives.types import (
@@ -35,6 +43,7 @@ from ..primitives.types import (
 from .access import Access
 from .completions import Completions
 from .futures import Answer, Futures
+from .quotas import Quota, TokenRates
 from .served_models import ServedModels
 from .settings import Settings
 from .store import Result, RunRow, SamplerRow, SessionRow, Store
@@ -42,10 +51,6 @@ from .store import Result, RunRow, SamplerRow, SessionRow, Store
 log = logging.getLogger("tinsmith.gateway")
 
 SEQUENCES_KEPT_S = 86400.0
-
-
-class Busy(TinsmithError):
-    """The gateway has as much work as it takes: try again later (HTTP 429)."""
 
 
 @dataclass(eq=False)
@@ -84,6 +89,11 @@ class Run:
             self.early.discard(self.arrived)
 
     @property
+    def answered(self) -> int:
+        """The answers of all operations before this number are there."""
+        return min([self.arrived + 1, *self.pending])
+
+    @property
     def moving(self) -> bool:
         """Whether something under way will be done without more to come."""
         return any(seq_id <= self.arrived for seq_id in self.pending)
@@ -104,19 +114,32 @@ class Gateway:
         self.models = ServedModels(service, settings, only_listed=access.closed)
         self.completions = Completions(settings.batch_polls)
         self.futures = Futures(store, self._settled)
+        self.rates = TokenRates(access.quota)
         self.draining = False
         self._sessions: dict[str, Session] = {}
         self._used: dict[str, float] = {}
         self._in_use: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pending_bytes = 0
+        self._opening: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     # ---- sessions ----
 
     async def create_session(
         self, owner: str, display_name: str | None, user_metadata: dict[str, Any]
     ) -> str:
+        """
+        Raises:
+            Busy: the owner has too many sessions.
+        """
         self._refuse_while_draining()
+        active = sum(s.active for s in self._sessions.values() if s.owner == owner)
+        if active >= self.settings.max_sessions:
+            raise Busy(
+                f"{active} sessions are active: finish some, or wait until those without "
+                "heartbeats lapse",
+                self.settings.session_timeout_s / 4,
+            )
         row = SessionRow(
             str(uuid.uuid4()),
             owner,
@@ -225,12 +248,14 @@ class Gateway:
             assert base_model is not None
             row = RunRow(run_id, session.session_id, session.owner, base_model)
             known_as = await self.models.resolve(base_model)
+            run = Run(row, None)
             with self._using(known_as):
-                call = self.controller.call(
-                    "create_run", run_id, known_as, lora, path, optimizer, user_metadata
-                )
-                run = Run(row, asyncio.wrap_future(call))
-                await asyncio.shield(run.grant)  # type: ignore[arg-type]
+                async with self._within_quota(session.owner, run_id):
+                    call = self.controller.call(
+                        "create_run", run_id, known_as, lora, path, optimizer, user_metadata
+                    )
+                    run.grant = asyncio.wrap_future(call)
+                    await asyncio.shield(run.grant)
             await self.store.add_run(row)
             if not session.active:  # ended meanwhile, and does not know of it
                 await Op(self.controller.call("close_run", run_id))
@@ -243,6 +268,46 @@ class Gateway:
 
         await self.futures.begin(request_id, session.owner, create)
         return request_id
+
+    @contextlib.asynccontextmanager
+    async def _within_quota(self, owner: str, run_id: str) -> AsyncIterator[None]:
+        """Around the opening of a run, which is deleted again if it is larger than the owner's quota
+        allows: its size is known when it is there.
+
+        Raises:
+            OutOfCapacity: there can be no such run beside the others.
+        """
+        quota = self.access.quota(owner)
+        if quota.runs is None and quota.resident_bytes is None:
+            yield
+            return
+        async with self._opening[owner]:
+            quota.check_runs(len(await self._held_bytes(owner)))
+            yield
+            held = await self._held_bytes(owner, run_id)
+            new = held.pop(run_id, 0)
+            try:
+                quota.check_bytes(new, sum(held.values()))
+            except OutOfCapacity:
+                await Op(self.controller.call("delete_run", run_id))
+                raise
+
+    async def _held_bytes(self, owner: str, new: str | None = None) -> dict[str, int]:
+        """Of the owner's open runs, and of a new one that is not written down yet."""
+        own = {row.run_id for row in await self.store.runs(owner)} | {new}
+        held = await Op(self.controller.call("held_bytes"))
+        return {run_id: size for run_id, size in held.items() if run_id in own}
+
+    async def usage(self, owner: str) -> tuple[Quota, dict[str, float | None]]:
+        """What the owner may use, and uses: runs and bytes, and the tokens that may still be used
+        now."""
+        held = await self._held_bytes(owner)
+        used: dict[str, float | None] = {
+            "runs": len(held),
+            "resident_bytes": sum(held.values()),
+            "tokens_left": self.rates.left(owner),
+        }
+        return self.access.quota(owner), used
 
     async def run(self, owner: str, run_id: str) -> Run:
         """
@@ -288,6 +353,7 @@ class Gateway:
         args: Callable[[], Awaitable[dict[str, Any]]],
         answer: Callable[[Any], Answer | Awaitable[Answer]],
         size: int = 0,
+        tokens: int = 0,
     ) -> dict[str, str]:
         """Append operation `seq_id` to a run's log; returns what names the request.
 
@@ -295,7 +361,7 @@ class Gateway:
         log and nothing happens. The same number again is the same request.
 
         Raises:
-            Busy: too many bytes wait already.
+            Busy: too many bytes wait already, or the owner's `tokens` are used up for now.
             InvalidInput: `seq_id` is below 1.
         """
         if not run.pending or seq_id > max(run.pending):
@@ -308,26 +374,36 @@ class Gateway:
         # number, refusing the next would be for good.
         if run.moving and self._pending_bytes + size > self.settings.max_pending_bytes:
             raise Busy("too much training data is waiting: try again in a moment")
-        run.arrive(seq_id)
+        owner = run.row.owner
+        if tokens:
+            await self._let_in(request_id, lambda: self.rates.check(owner))
         span = tracing.start(f"gateway.{kind}", run=run_id, op=seq_id)
 
         async def apply() -> Answer:
             grant = await self._run_grant(run)
-            learner = grant.learner
+            link = LearnerLink(grant, self.controller, lambda: run.answered)
             try:
                 prepared = await args()
             except BaseException:
-                learner.call("submit", run_id, seq_id, "skip", {})
+                link.submit(seq_id, "skip", {})
                 raise
-            call = learner.call("submit", run_id, seq_id, kind, prepared, *span.carried)
-            answered = answer(await Op(call))
+            try:
+                result = await Op(link.submit(seq_id, kind, prepared, span.traceparent))
+            finally:
+                if run.grant is not None:  # a learner that died has been replaced
+                    run.grant = asyncio.get_running_loop().create_future()
+                    run.grant.set_result(link.grant)
+            answered = answer(result)
             return answered if isinstance(answered, Answer) else await answered
 
         async def work() -> Answer:
             with span, logs.about(run=run_id, op=seq_id, kind=kind):
                 return await apply()
 
-        if await self.futures.begin(request_id, run.row.owner, work):
+        begun = await self.futures.begin(request_id, owner, work)
+        run.arrive(seq_id)
+        if begun:
+            self.rates.take(owner, tokens)
             run.pending[seq_id] = size
             self._pending_bytes += size
             waiting = self.futures.settled(request_id)
@@ -344,7 +420,7 @@ class Gateway:
         """
         session = await self.session(run.row.owner, run.row.session_id)
         if run.grant is None and session.active:
-            # Of before a restart: the cluster may have it still, or have parked it.
+            # Of before a restart: the cluster may have it still, or its log.
             run.grant = asyncio.wrap_future(self.controller.call("reopen_run", run.row.run_id))
         grant = run.grant
         try:
@@ -355,9 +431,8 @@ class Gateway:
         except NotFound:
             run.grant = None
         raise NotFound(
-            f"run {run.row.run_id} is no longer in memory: its session ended, or the server went "
-            "down; create_training_client_from_state_with_optimizer(path) goes on from a "
-            "saved state"
+            f"run {run.row.run_id} is no longer in memory: its session ended; "
+            "create_training_client_from_state_with_optimizer(path) goes on from a saved state"
         )
 
     async def skip(self, owner: str, run_id: Any, seq_id: Any) -> None:
@@ -487,6 +562,28 @@ class Gateway:
                 if last:
                     raise
         raise AssertionError("unreachable")
+
+    async def let_sample(self, owner: str, request_id: str) -> None:
+        """
+        Raises:
+            Busy: too many of the owner's samples are under way, or its tokens are used up for now.
+        """
+
+        def check() -> None:
+            pending = sum(len(s.samples) for s in self._sessions.values() if s.owner == owner)
+            if pending >= self.settings.max_pending_samples:
+                raise Busy("too many sampling requests are under way: try again in a moment")
+            self.rates.check(owner)
+
+        await self._let_in(request_id, check)
+
+    async def _let_in(self, request_id: str, check: Callable[[], None]) -> None:
+        """A request that came before is let in whatever `check` says."""
+        try:
+            check()
+        except Busy:
+            if not await self.futures.known(request_id):
+                raise
 
     def used(self, model: str) -> None:
         """Keep a base model loaded for a while."""

@@ -74,11 +74,15 @@ class Futures:
     def __len__(self) -> int:
         return len(self._pending)
 
+    async def known(self, request_id: str) -> bool:
+        """Whether it is under way, or has its answer."""
+        return request_id in self._pending or await self._store.result(request_id) is not None
+
     async def begin(
         self, request_id: str, owner: str, work: Callable[[], Awaitable[Answer]]
     ) -> bool:
         """Start `work()`, which goes on whoever waits; False if that request was there before."""
-        if request_id in self._pending or await self._store.result(request_id) is not None:
+        if await self.known(request_id):
             return False
         if request_id in self._pending:  # it came twice at once
             return False

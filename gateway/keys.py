@@ -3,7 +3,8 @@
     {"keys": [{"owner": "alice", "sha256": "9f86d0…", "created": 1760000000}]}
 
 A key is `tml-` and 256 random bits, so that its plain SHA-256 tells nothing about it and needs no
-salt. An owner has one key. The file is replaced in one move, and read again when it has changed.
+salt. An owner has one key, and perhaps a `"quota"`. The file is replaced in one move, and read again
+when it has changed.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ import msgspec
 from filelock import FileLock
 
 from ..primitives.errors import InvalidInput, NotFound, Unavailable
+from .quotas import Quota
 
 PREFIX = "tml-"
+_UNLIMITED = Quota()
 
 
-class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One owner's key, as the file holds it. `created` is in Unix seconds."""
 
     owner: str
     sha256: str
     created: int
+    quota: Quota = _UNLIMITED
 
 
 class _Content(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,18 +61,28 @@ class KeyFile:
         Raises:
             Unavailable: the file cannot be read; `list()` says why.
         """
-        try:
-            entries = self._entries()
-        except InvalidInput as error:
-            raise Unavailable(
-                "the service's key file is damaged; its operator must repair it"
-            ) from (error)
         digest, found = _digest(key), None
         # All of them, always: how long it takes must not tell where a key stands.
-        for entry in entries:
+        for entry in self._served():
             if hmac.compare_digest(entry.sha256, digest):
                 found = entry.owner
         return found
+
+    def quota(self, owner: str) -> Quota:
+        """What the owner may use; an owner without a key is let finish what is under way.
+
+        Raises:
+            Unavailable: the file cannot be read; `list()` says why.
+        """
+        return next((e.quota for e in self._served() if e.owner == owner), _UNLIMITED)
+
+    def _served(self) -> Sequence[KeyEntry]:
+        try:
+            return self._entries()
+        except InvalidInput as error:
+            raise Unavailable(
+                "the service's key file is damaged; its operator must repair it"
+            ) from error
 
     def list(self) -> list[KeyEntry]:
         """
@@ -77,7 +91,7 @@ class KeyFile:
         """
         return [*self._entries()]
 
-    def add(self, owner: str) -> str:
+    def add(self, owner: str, quota: Quota = _UNLIMITED) -> str:
         """Make a key for `owner`. It is not kept: this is the only time that it is seen.
 
         Raises:
@@ -90,8 +104,21 @@ class KeyFile:
             entries = self.list()
             if any(entry.owner == owner for entry in entries):
                 raise InvalidInput(f"{owner!r} has a key in {self.path}; remove it first")
-            self._write([*entries, KeyEntry(owner, _digest(key), int(time.time()))])
+            self._write([*entries, KeyEntry(owner, _digest(key), int(time.time()), quota)])
         return key
+
+    def limit(self, owner: str, quota: Quota) -> None:
+        """Give `owner` another quota.
+
+        Raises:
+            NotFound: the owner has no key.
+        """
+        with self._locked():
+            entries = {entry.owner: entry for entry in self.list()}
+            if owner not in entries:
+                raise NotFound(f"{owner!r} has no key in {self.path}")
+            entries[owner] = msgspec.structs.replace(entries[owner], quota=quota)
+            self._write([*entries.values()])
 
     def remove(self, owner: str) -> None:
         """

@@ -4,19 +4,20 @@ path, or a run by its id, then the newest weights that it published."""
 from __future__ import annotations
 
 import asyncio
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from fastapi import HTTPException, Request
 
 from ..engines.models import model_facts
-from ..primitives.client import SamplerGrant, SamplingClient, load_tokenizer
+from ..primitives.client import SamplerGrant, load_tokenizer
 from ..primitives.errors import TinsmithError
 from ..primitives.op import Op, completed
 from ..primitives.paths import SCHEME
 from ..primitives.types import PolicyRef
 from .access import Unauthorized
 from .core import Gateway
+from .metered import MeteredClient
 from .openai import ServedModel, ServedPolicy
 
 
@@ -49,10 +50,12 @@ class GatewayPolicies:
     async def open(self, owner: str, model: str) -> ServedPolicy:
         """
         Raises:
+            Busy: the owner's tokens are used up for now.
             NotFound: no such model, or not this owner's.
             Unavailable: it cannot be loaded.
         """
         gateway = self._gateway
+        gateway.rates.check(owner)
         if model.startswith(SCHEME):
             await gateway.checkpoint(owner, model)
             grant = await self._checkpoint(model)
@@ -67,7 +70,8 @@ class GatewayPolicies:
         facts = await asyncio.to_thread(self._facts, grant.model_path)
         tokenizer = await asyncio.to_thread(self._tokenizer, grant.model_path)
         room = min(facts.max_context, stats["num_blocks"] * stats["block_size"])
-        return ServedPolicy(SamplingClient(completed(grant)), tokenizer, room)
+        client = MeteredClient(completed(grant), partial(gateway.rates.take, owner))
+        return ServedPolicy(client, tokenizer, room)
 
     async def _grant(self, method: str, *args: Any) -> SamplerGrant:
         return await Op(self._gateway.controller.call(method, *args))

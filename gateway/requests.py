@@ -183,6 +183,11 @@ class Chunk(BaseModel):
 class Prompt(Body):
     chunks: list[Chunk]
 
+    @property
+    def size(self) -> int:
+        """Tokens of all its chunks."""
+        return sum(len(chunk.tokens or ()) for chunk in self.chunks)
+
     def tokens(self) -> np.ndarray:
         """Int64 `[T]`.
 

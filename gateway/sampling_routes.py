@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from ..primitives.errors import InvalidInput, NotFound
 from ..primitives.types import PolicyRef, SampleRequest
-from .core import Busy, Gateway, sample_id
+from .core import Gateway, sample_id
 from .futures import Answer
 from .provenance import record
 from .requests import (
@@ -65,18 +65,20 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
         session, sampler = await gateway.sampler(owner, body.sampling_session_id)
         request_id = sample_id(body.sampling_session_id, body.seq_id)
         names = [f"{request_id}:{i}" for i in range(body.num_samples)]
-        if len(session.samples) >= settings.max_pending_samples:
-            raise Busy("too many sampling requests are under way: try again in a moment")
+        await gateway.let_sample(owner, request_id)
 
         async def work() -> Answer:
             native, csr = sample_request(body, settings.max_decoded_bytes // 8)
             response = await gateway.sample(sampler, request_id, native)
+            gateway.rates.take(owner, sum(len(sequence.tokens) for sequence in response.sequences))
             if body.record_stability_info:
                 await record(gateway.store, session.session_id, names, native.prompt, response)
             return Answer.proto(write_sample_response(response, csr))
 
         session.samples.add(request_id)
-        if not await gateway.futures.begin(request_id, owner, work):
+        if await gateway.futures.begin(request_id, owner, work):
+            gateway.rates.take(owner, body.prompt.size)
+        else:
             known = gateway.futures.settled(request_id)
             if known.done():
                 session.samples.discard(request_id)
@@ -91,9 +93,14 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
             await refuse_lost(owner, body.request_id)
             if not await gateway.lost_operation(owner, body.request_id):
                 raise
+            # If it had not come to the run's log, nothing may wait for it.
+            run_id, _, seq_id = body.request_id.partition(":op:")
+            if seq_id.isdigit():
+                await gateway.skip(owner, run_id, int(seq_id))
             error = NotFound(
                 f"request {body.request_id} was under way when the server stopped, or its result "
-                "is not kept any more: go on in a new run, from the newest saved state"
+                "is not kept any more. The run goes on; whether this had come to its log, its "
+                "version tells"
             )
             result = Result(owner, "error", Answer.error(error).body)
         if result is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 
 from ..primitives.errors import InvalidInput
@@ -83,6 +84,12 @@ def session_routes(gateway: Gateway) -> APIRouter:
         owner = gateway.access.owner(request)
         details = {"org_details": {"name": "tinsmith"}, "user_details": {"email": owner}}
         return {"key_id": 0, "name": owner, "note": "", "details": details}
+
+    @router.get("/quota")
+    async def quota(request: Request) -> dict[str, Any]:
+        """What the key allows, None where there is no limit, and what is in use of it now."""
+        allowed, used = await gateway.usage(gateway.access.owner(request))
+        return {"quota": msgspec.structs.asdict(allowed), "used": used}
 
     @router.post("/telemetry")
     async def telemetry(request: Request) -> dict[str, str]:

@@ -16,7 +16,8 @@ class Settings:
             folder and, without a key file, whatever else `base_model` may name.
         max_body_bytes: of one request, as it arrives.
         max_decoded_bytes: of one request once decompressed and its sparse tensors are filled in.
-        max_pending_samples: sampling requests of one session under way at once; beyond, 429.
+        max_sessions: active ones of one owner; beyond, 429.
+        max_pending_samples: sampling requests of one owner under way at once; beyond, 429.
         max_pending_bytes: of training requests that wait; beyond, 429.
         session_timeout_s: without a heartbeat for this long (clients send one every 10 s) a
             session's runs and samplers are let go.
@@ -32,6 +33,7 @@ class Settings:
     models: Mapping[str, str] = field(default_factory=dict)
     max_body_bytes: int = 256 * MiB
     max_decoded_bytes: int = 1024 * MiB
+    max_sessions: int = 1024
     max_pending_samples: int = 8192
     max_pending_bytes: int = 1024 * MiB
     session_timeout_s: float = 120.0

@@ -18,6 +18,7 @@ from ..primitives.types import (
     PublishResponse,
     SaveResponse,
 )
+from ..primitives.validation import check_ttl
 from .access import is_local
 from .body_limit import TooLarge
 from .core import Gateway, Run
@@ -128,7 +129,8 @@ def training_routes(gateway: Gateway) -> APIRouter:
         def answer(output: ForwardBackwardOutput) -> Answer:
             return Answer.proto(write_training_output(output))
 
-        return await gateway.operate(run, message.seq_id, kind, args, answer, len(body))
+        tokens = sum(len(datum.model_input.tokens) for datum in message.data)
+        return await gateway.operate(run, message.seq_id, kind, args, answer, len(body), tokens)
 
     async def read_body(request: Request, owner: str) -> bytes:
         encoding, body = request.headers.get("content-encoding"), bytearray()
@@ -269,7 +271,11 @@ def _named(body: SaveWeights) -> dict[str, Any]:
     if body.path is None:
         raise InvalidInput("give the checkpoint a name: path")
     metadata = strings(body.user_metadata or {})
-    return {"name": body.path, "user_metadata": metadata, "ttl_seconds": body.ttl_seconds}
+    return {
+        "name": body.path,
+        "user_metadata": metadata,
+        "ttl_seconds": check_ttl(body.ttl_seconds),
+    }
 
 
 def _saved(kind: str) -> Callable[[SaveResponse], Answer]:

@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,6 +20,7 @@ import numpy as np
 
 from . import tracing
 from .errors import InvalidInput, Unavailable
+from .learner_link import LearnerLink, RunGrant
 from .metrics_text import metrics_text
 from .op import Handle, Op, chain, completed, forward_result
 from .sync import HasSync
@@ -51,17 +52,6 @@ from .validation import check_ttl
 
 LogprobsWanted = Literal["all", "loss"]
 CustomLoss = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
-
-
-@dataclass(frozen=True)
-class RunGrant:
-    """What the controller hands out for a run: the way to its learner, where its log stands."""
-
-    run_id: str
-    base_model: str
-    model_path: str
-    learner: Handle
-    next_seq_id: int
 
 
 @dataclass(frozen=True)
@@ -158,7 +148,7 @@ class SamplingClient(HasSync):
         sampling_params: SamplingParams | None = None,
         *,
         topk_sample_logprobs: int = 0,
-    ) -> AsyncIterator[SampledToken]:
+    ) -> AsyncGenerator[SampledToken]:
         """Sample, yielding each token as it is drawn, with the K likeliest tokens if
         `topk_sample_logprobs=K`. Leaving the loop withdraws the request. Routed experts are told with
         whole samples only."""
@@ -235,34 +225,51 @@ def _prompt_logprobs(response: SampleResponse) -> np.ndarray:
 
 class TrainingClient(HasSync):
     """One training run. Its operations take effect in the order of the calls, exactly once;
-    nothing needs to be awaited in between."""
+    nothing needs to be awaited in between. Operations under way survive the death of the learner:
+    they are sent again to the one that takes its place."""
 
     def __init__(self, grant: RunGrant, controller: Handle) -> None:
         self.run_id = grant.run_id
         self.base_model = grant.base_model
-        self._grant = grant
+        self._link = LearnerLink(grant, controller, self._answered)
         self._controller = controller
         self._lock = threading.Lock()
         self._next_seq_id = grant.next_seq_id
+        self._open: dict[int, None] = {}  # numbers taken whose results are not there; ascending
 
     def _take_seq_ids(self, count: int = 1) -> int:
         with self._lock:
             first = self._next_seq_id
             self._next_seq_id += count
+            self._open.update(dict.fromkeys(range(first, first + count)))
             return first
+
+    def _answered(self) -> int:
+        """Of all operations before this one the results, or errors, are there."""
+        with self._lock:
+            return next(iter(self._open), self._next_seq_id)
+
+    def _note_answer(self, seq_id: int) -> None:
+        with self._lock:
+            self._open.pop(seq_id, None)
 
     def _submit(self, kind: str, *, seq_id: int | None = None, **args: Any) -> Op[Any]:
         seq = self._take_seq_ids() if seq_id is None else seq_id
-        learner, run_id = self._grant.learner, self.run_id
-        span = tracing.start(kind, run=run_id, op=seq)
+        span = tracing.start(kind, run=self.run_id, op=seq)
         try:
-            future = learner.call("submit", run_id, seq, kind, args, *span.carried)
+            future = self._link.submit(seq, kind, args, span.traceparent)
             span.end_with(future)
         except Exception:
             # The number is taken: let the log pass over it.
-            learner.call("submit", run_id, seq, "skip", {})
+            skipped = self._link.submit(seq, "skip", {})
+            skipped.add_done_callback(lambda _: self._note_answer(seq))
             raise
-        return Op(future, withdraw=lambda: learner.call("withdraw", run_id, seq))
+        future.add_done_callback(lambda _: self._note_answer(seq))
+        return Op(future, withdraw=lambda: self._link.withdraw(seq))
+
+    @property
+    def _grant(self) -> RunGrant:
+        return self._link.grant
 
     def forward(
         self,
@@ -627,11 +634,16 @@ class ServiceClient(HasSync):
         )
 
     def resume_training_client(self, run_id: str, *, path: str | None = None) -> Op[TrainingClient]:
-        """Go on with a run: as its learner has it in memory, or else from `path` (default: its
-        newest `weights` checkpoint), optimizer included. With `path`, always from there.
+        """Go on with a run where its log ends, whatever became of the learner or the whole service
+        meanwhile. A run that was closed goes on from its newest `weights` checkpoint, optimizer
+        included.
+
+        Args:
+            path: go on from this checkpoint instead; what the run did after it is forgotten.
 
         Raises:
-            NotFound: no such run, or it has no checkpoint and is not in memory.
+            CorruptLog: the log is damaged; with `path` the run can go on.
+            NotFound: no such run, or it was closed and has no checkpoint.
         """
         return self._training("resume_run", run_id, path)
 
@@ -678,8 +690,8 @@ class ServiceClient(HasSync):
         return Op(self.controller.call("delete_run", run_id))
 
     def close_training_run(self, run_id: str) -> Op[None]:
-        """Free a run's memory. Its checkpoints stay, and `resume_training_client` opens it again;
-        what was not saved is lost, operations still waiting fail.
+        """Free a run's memory and its log. Its checkpoints stay, and `resume_training_client` opens it
+        again; what was not saved is lost, operations still waiting fail.
 
         Raises:
             NotFound: no such run.
@@ -717,7 +729,8 @@ class ServiceClient(HasSync):
         return Op(self.controller.call("copy_checkpoint", path, run_id))
 
     def close(self) -> None:
-        """Leave the service, stopping it if `connect()` started it. Unsaved runs are lost."""
+        """Leave the service, stopping it if `connect()` started it. Runs that are open can be
+        resumed when it is started again with the same home."""
         if self._on_close is not None:
             self._on_close()
             self._on_close = None

@@ -23,6 +23,33 @@ class OutOfCapacity(TinsmithError):
     """The request is valid but can never fit in the memory or limits configured."""
 
 
+class Busy(TinsmithError):
+    """There is as much work under way as is let in, or a quota is used up for the moment.
+
+    Attributes:
+        retry_after_s: when it is worth trying again, in seconds from now.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[Busy], tuple[str, float]]:
+        return type(self), (str(self), self.retry_after_s)
+
+
+class StorageFailure(TinsmithError):
+    """A file could not be written: the disk is full, read-only or broken. Nothing is half-written."""
+
+
+class CorruptLog(TinsmithError):
+    """A run's log or snapshot is damaged where it was whole before; names the file and the place."""
+
+
+class OperationCrashed(TinsmithError):
+    """The process that did this operation died of it, again and again; names the operation."""
+
+
 class OpCancelled(TinsmithError):
     """The operation was withdrawn with `Op.cancel()` before it started."""
 

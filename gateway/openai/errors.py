@@ -12,12 +12,14 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from ...primitives.errors import (
+    Busy,
     InvalidInput,
     NotFound,
     OutOfCapacity,
     TinsmithError,
     Unavailable,
 )
+from ..back_pressure import retry_headers
 
 
 class InvalidRequest(InvalidInput):
@@ -38,6 +40,7 @@ _TYPES = {
 _KINDS: list[tuple[type[TinsmithError], int, str | None]] = [
     (NotFound, 404, "not_found"),
     (OutOfCapacity, 429, "out_of_capacity"),
+    (Busy, 429, "rate_limit_exceeded"),
     (Unavailable, 503, "unavailable"),
     (InvalidInput, 400, None),
     (TinsmithError, 500, None),
@@ -70,8 +73,8 @@ class OpenAIRoute(APIRoute):
             except TinsmithError as error:
                 status, body = describe(error)
                 # What can never fit is not worth the retries that clients give a 429.
-                headers = {"x-should-retry": "false"} if isinstance(error, OutOfCapacity) else None
-                return JSONResponse(body, status, headers)
+                never = {"x-should-retry": "false"} if isinstance(error, OutOfCapacity) else None
+                return JSONResponse(body, status, never or retry_headers(error))
             except RequestValidationError as error:
                 return JSONResponse(error_body(400, *_first_problem(error)), 400)
             except HTTPException as error:

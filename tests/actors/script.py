@@ -14,13 +14,17 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def python_path() -> str:
+    """This repository, and where this process was told to look for modules."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def run_script(text: str, *args: object, seconds: float = 120) -> str:
     """The output of a script that must end well."""
-    paths = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *map(str, args)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *paths])},
+        env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=seconds,

@@ -9,10 +9,8 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from typer.testing import CliRunner
 
-import tinsmith
 from tests.data import text_datum
 from tinsmith.actors.notes import read_notes
 from tinsmith.cli import app
@@ -66,14 +64,9 @@ async def test_a_learner_killed_in_the_middle_of_an_operation_is_reported_with_i
     batch = training.forward_backward([text_datum(rng, 200) for _ in range(400)])
     assert await until(lambda: any(doing.computing for doing in read_notes(notes)[1]))
     os.kill(owner.pid, signal.SIGKILL)
-    told = rf"at: forward_backward, operation 2 of run {training.run_id}, for \d"
-    with pytest.raises(tinsmith.Unavailable, match=told):
-        await asyncio.wait_for(batch, 60)
-
-    assert await until(lambda: f'run="{training.run_id}"' in service.sync.metrics())
-    text = await service.metrics()
-    (line,) = (x for x in text.splitlines() if f'run="{training.run_id}"' in x)
-    assert line.startswith("tinsmith_crash_time_seconds{")
+    await asyncio.wait_for(batch, 120)  # of the learner in its place
+    told = [x for x in (await service.metrics()).splitlines() if f'run="{training.run_id}"' in x]
+    (line,) = (x for x in told if x.startswith("tinsmith_crash_time_seconds{"))
     assert 'kind="forward_backward"' in line
     assert f'of="learner of {MODEL}"' in line
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(

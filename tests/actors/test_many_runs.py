@@ -74,10 +74,10 @@ async def test_shares_are_set_and_survive_parking(tiny_llama, tmp_path):
     await learner.submit("run-0", 1, "set_share", dict(share=3.0))
     assert learner.engine.queue.weights["run-0"] == 3.0
     await learner.park("run-0")
-    await learner.open_run("run-0", LORA, None, False)
-    assert learner.engine.queue.weights["run-0"] == 1.0
-    learner._publication = lambda *_: asyncio.sleep(0)  # there is no sampler here
-    await learner.unpark("run-0")
+    log = learner.logs["run-0"]
+    await learner._close(log)  # its memory is gone
+    log.journal.close()
+    assert await learner.recover("run-0") == 2
     assert learner.engine.queue.weights["run-0"] == 3.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ import tinsmith
 from tests.actors.script import run_script, wait_until_gone
 from tests.tiny import make_tiny_model
 from tinsmith.actors import sampler
+from tinsmith.actors.vllm_draw import likeliest
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
 
@@ -104,6 +106,30 @@ def test_an_engine_that_is_not_there_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(tinsmith.Unavailable, match="pip install 'tinsmith\\[vllm\\]'"):
         tinsmith.connect(engine="vllm")
+
+
+@pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
+def test_the_likeliest_tokens_are_the_same_where_vllm_joins_outputs():
+    """It drops the drawn token from among the likeliest when a reader is late."""
+    from vllm.logprobs import FlatLogprobs
+
+    rng = np.random.default_rng(0)
+    once, parts, wanted = FlatLogprobs(), [], []
+    for rank in (1, 3, 4, 9):
+        ids, logprobs = rng.permutation(20)[:9].tolist(), sorted(rng.normal(size=9).tolist())[::-1]
+        row = ([ids[rank - 1], *ids[:4]], [logprobs[rank - 1], *logprobs[:4]], [rank, 1, 2, 3, 4])
+        part = FlatLogprobs()
+        for flat in (once, part):
+            flat.append_fast(*row, [None] * 5)
+        parts.append(part)
+        wanted.append((ids[:4], logprobs[:4]))
+    joined, *rest = parts
+    for part in rest:
+        joined.extend(part)
+    for flat in (once, joined):
+        places = zip(flat.start_indices, flat.end_indices, strict=True)
+        assert [likeliest(flat, start, end, 4) for start, end in places] == wanted
+    assert len(joined.token_ids) < len(once.token_ids)
 
 
 def test_the_hosts_memory_does_not_say_how_much_of_a_gpu_vllm_may_take(monkeypatch):

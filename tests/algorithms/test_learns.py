@@ -12,11 +12,11 @@ SPELLING = tinsmith.TrainConfig(
     model="tiny-llama",
     env="tests.envs.spelling:Spelling",
     rank=8,
-    steps=12,
+    steps=20,
     groups_per_step=4,
     group_size=8,
     max_staleness=1,
-    learning_rate=3e-2,
+    learning_rate=1e-2,
     max_tokens=4,
     eval_episodes=32,
     checkpoint_every=100,
@@ -88,7 +88,6 @@ async def test_it_learns_at_any_staleness(service, max_staleness):
     result = await tinsmith.train(service, config)
     assert result.before is not None
     assert result.after is not None
-    assert result.before.mean_reward < 0.3
-    assert result.after.mean_reward > 0.7
+    assert result.before.reward_interval().high < result.after.reward_interval().low
     # Success is a share above one half: not by chance.
     assert result.before.high < result.after.low

@@ -32,7 +32,8 @@ def test_experts_sit_on_the_ranks_that_are_there():
         ("shard=two", "must read like"),
         ("shard=2,shard=2", "each once"),
         ("shard=0", "shard must be an integer from 1, got 0"),
-        ("data=2,expert=4", "expert=4 must divide data x shard = 2"),
+        ("data=2,expert=4", "expert=4 must divide data x shard x context = 2"),
+        ("tensor=2,expert=2", "tensor ranks share them out anyway: leave expert out"),
     ],
 )
 def test_what_is_no_layout_is_refused(text, match):
@@ -47,8 +48,7 @@ def test_a_layout_that_a_model_cannot_have_is_refused():
     with pytest.raises(InvalidInput, match=r"the model \(llama\) has no experts"):
         Layout(data=2, expert=2).check(LLAMA)
     Layout(data=2, shard=4, expert=4).check(MIXTURE)
-    with pytest.raises(InvalidInput, match="expert=3 does not divide the model's 16 experts"):
-        Layout(data=3, expert=3).check(MIXTURE)
-    for layout in (Layout(tensor=2), Layout(context=2)):
-        with pytest.raises(InvalidInput, match="is cut by data, shard and expert only, so far"):
+    Layout(shard=2, context=2, tensor=4, expert=4).check(MIXTURE)
+    for layout in (Layout(data=3, expert=3), Layout(shard=8, tensor=4, expert=8)):
+        with pytest.raises(InvalidInput, match="does not divide the model's 16 experts"):
             layout.check(MIXTURE)

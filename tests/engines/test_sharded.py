@@ -148,7 +148,7 @@ def all_paths(tiny_llama, tiny_qwen2, tiny_qwen3, tiny_moe) -> list[str]:
 
 @pytest.fixture(scope="module")
 def paths(layout, all_paths) -> list[str]:
-    """Not every layout is for mixtures of experts, and some are for them alone."""
+    """Tensor and context layouts of mixtures of experts: see `test_sharded_mixtures.py`."""
     parsed = Layout.parse(layout)
     if parsed.expert > 1:
         return all_paths[3:]

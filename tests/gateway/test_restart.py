@@ -135,13 +135,6 @@ class Work:
         alone = one.optim_step(types.AdamParams()).result().metrics["grad_norm"]
         assert norm == pytest.approx(alone * steps, rel=1e-3)
 
-    def is_lost(self) -> None:
-        started = time.monotonic()
-        with pytest.raises(tinker.RequestFailedError, match="no longer in memory") as caught:
-            self.train()
-        assert caught.value.category is types.RequestErrorCategory.User
-        assert time.monotonic() - started < 30
-
 
 def test_interrupted_it_finishes_what_is_under_way(server):
     work = Work(server)
@@ -176,7 +169,8 @@ def test_killed_it_knows_what_was_finished(server):
     for sample in samples:  # the SDK asks for them again by itself
         assert len(sample.result().sequences) == 16
     starting.join()
-    with pytest.raises(tinker.RequestFailedError, match=r"server stopped|no longer in memory"):
+    with pytest.raises(tinker.RequestFailedError, match="server stopped"):
         lost.result()
     work.still_there(server, left)
-    work.is_lost()
+    # The run goes on where its log ends: no step was taken, so the loss is the same.
+    assert work.train().metrics["loss:sum"] == work.loss

@@ -11,6 +11,7 @@ ERRORS = [
     tinsmith.NotFound,
     tinsmith.Unavailable,
     tinsmith.OutOfCapacity,
+    tinsmith.Busy,
     tinsmith.OpCancelled,
     tinsmith.EnvironmentFailure,
     tinsmith.RolloutFailure,
@@ -23,6 +24,11 @@ def test_every_error_is_a_tinsmith_error_and_travels_between_processes(error):
     back = pickle.loads(pickle.dumps(error("what, where, what to do")))
     assert type(back) is error
     assert str(back) == "what, where, what to do"
+
+
+def test_a_busy_service_says_when_to_come_back():
+    back = pickle.loads(pickle.dumps(tinsmith.Busy("come again", 2.5)))
+    assert (str(back), back.retry_after_s) == ("come again", 2.5)
 
 
 def test_errors_are_also_pythons_own_kinds():

@@ -202,7 +202,8 @@ async def test_requests_of_one_trajectory_may_overlap(alice):
 
 async def test_completions_go_on_from_texts_and_from_tokens(alice, native):
     tokenizer = native.get_tokenizer()
-    knobs = dict(model="tiny", max_tokens=8, extra_body={"trajectory_id": "plain"}, stop="@@@")
+    knobs = dict(model="tiny", max_tokens=8, seed=1, stop="@@@")
+    knobs["extra_body"] = {"trajectory_id": "plain"}
     prompt = "Thought:"
     for _ in range(3):
         got = await alice.completions.create(prompt=prompt, **knobs)

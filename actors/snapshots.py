@@ -1,0 +1,126 @@
+"""Snapshots of a run: all that its next operations depend on, in a folder beside its log.
+
+Written under a temporary name, fsynced, renamed: there whole or not at all. The tensors are
+safetensors, the rest msgpack with their checksum.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..primitives import codec
+from ..primitives.errors import CorruptLog, StorageFailure
+from ..primitives.types import LoraConfig
+from .records import Record
+
+_STATE, _ABOUT, _TEMPORARY = "state.safetensors", "about.msgpack", ".tmp-snapshot"
+_NAME = re.compile(r"snapshot-\d{20}")
+
+
+@dataclass(frozen=True, eq=False)
+class About:
+    """
+    Attributes:
+        run_key: of this opening of the run; saved checkpoints name it and their operation.
+        publish_steps, published: whether every step publishes, and whether anything was published.
+        next_seq_id: of the first operation that is not in the state.
+        position: of the log from which on it is needed.
+        results: the newest, of operations that are in the state.
+        checksum: of the tensors' file.
+    """
+
+    run_key: str
+    lora: LoraConfig
+    version: int
+    share: float
+    publish_steps: bool
+    published: bool
+    next_seq_id: int
+    position: int
+    results: list[Record]
+    checksum: int = 0
+
+
+def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
+    """Make this the newest snapshot in `folder`; of those before it one is kept.
+
+    Raises:
+        StorageFailure: it could not be written; those before it are still there.
+    """
+    # Zeros need no room: the gradient after a step, the moments before the first.
+    kept = {name: tensor for name, tensor in state.items() if name == "step" or tensor.any()}
+    data = safetensors.torch.save(kept)
+    about = replace(about, checksum=zlib.crc32(data))
+    staged = folder / _TEMPORARY
+    earlier = there(folder)
+    number = 1 + (_number(earlier[-1]) if earlier else 0)
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        for name, content in ((_STATE, data), (_ABOUT, codec.encode(about))):
+            with open(staged / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(staged)
+        staged.rename(folder / f"snapshot-{number:020d}")
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise StorageFailure(f"no snapshot could be written to {folder}: {error}") from error
+    for old in earlier[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def there(folder: Path) -> list[Path]:
+    """Oldest first."""
+    if not folder.exists():
+        return []
+    return sorted(entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
+
+
+def read(snapshot: Path) -> tuple[About, dict[str, Tensor]]:
+    """
+    Raises:
+        CorruptLog: it is damaged.
+    """
+    try:
+        about = codec.decode((snapshot / _ABOUT).read_bytes(), About)
+        data = (snapshot / _STATE).read_bytes()
+        if zlib.crc32(data) != about.checksum:
+            raise CorruptLog(f"{snapshot / _STATE} is damaged: its checksum is another")
+        state = safetensors.torch.load(data)
+        params = state["params"]
+    except (OSError, msgspec.MsgspecError, SafetensorError, KeyError, ValueError) as error:
+        raise CorruptLog(f"{snapshot} is damaged: {type(error).__name__}: {error}") from error
+    for name in ("grad", "exp_avg", "exp_avg_sq"):
+        state.setdefault(name, torch.zeros_like(params))
+    return about, state
+
+
+def set_aside(snapshot: Path) -> None:
+    """Keep a damaged one for whoever wants to look at it, and read it no more."""
+    snapshot.rename(snapshot.with_name(f"damaged-{snapshot.name}"))
+
+
+def _number(snapshot: Path) -> int:
+    return int(snapshot.name.removeprefix("snapshot-"))
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

@@ -1,0 +1,383 @@
+"""A write-ahead log: records in files, in order, each whole or not there.
+
+A log is a folder of segments, each named by the position of its first byte in the whole. A record
+is a header (magic, length, how far the log was known to be on disk, CRC-32 of it all) and its
+bytes. `append` writes; one thread fsyncs whatever logs were written to since it last looked, many
+records of many logs for the price of one. After a crash the log ends at its last whole record.
+What is not whole before a record that knew of it is no crash's doing, and refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..primitives.errors import CorruptLog, InvalidInput, StorageFailure, Unavailable
+
+MAX_RECORD_BYTES = 1 << 30
+SEGMENT_BYTES = 64 << 20
+REPLAY_SECONDS = 15.0  # how long doing again what a run's log holds may take, if nobody says
+LOCK_SECONDS = 20.0  # a process that was just killed may still hold it
+
+_MAGIC = b"\xf5WAL"
+_HEADER = struct.Struct("<4sIQI")
+_CHECKED = struct.Struct("<IQ")
+_NAME = re.compile(r"\d{20}\.wal")
+
+logger = logging.getLogger(__name__)
+
+
+def _checksum(length: int, synced: int, payload: bytes | memoryview) -> int:
+    return zlib.crc32(payload, zlib.crc32(_CHECKED.pack(length, synced)))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A whole record in a segment's bytes, at `offset`."""
+
+    offset: int
+    synced: int
+    payload: memoryview
+
+    @property
+    def end(self) -> int:
+        return self.offset + _HEADER.size + len(self.payload)
+
+
+def _record_at(data: memoryview, offset: int) -> _Found | None:
+    if offset + _HEADER.size > len(data):
+        return None
+    magic, length, synced, checksum = _HEADER.unpack_from(data, offset)
+    begin = offset + _HEADER.size
+    if magic != _MAGIC or length > MAX_RECORD_BYTES or begin + length > len(data):
+        return None
+    payload = data[begin : begin + length]
+    return (
+        _Found(offset, synced, payload) if _checksum(length, synced, payload) == checksum else None
+    )
+
+
+def _records_after(data: bytes, offset: int) -> Iterator[_Found]:
+    """Whole records somewhere after damage."""
+    while (offset := data.find(_MAGIC, offset)) >= 0:
+        found = _record_at(memoryview(data), offset)
+        if found is not None:
+            yield found
+        offset += 1 if found is None else _HEADER.size + len(found.payload)
+
+
+class SyncThread:
+    """Fsyncs the logs that ask for it, all together."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[Log, None] = {}
+        self._condition = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="log-sync", daemon=True)
+        self._thread.start()
+
+    def ask(self, log: Log) -> None:
+        with self._condition:
+            self._wanted[log] = None
+            self._condition.notify()
+
+    def close(self) -> None:
+        """End the thread, after what was asked for."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._wanted or self._closed)
+                if not self._wanted:
+                    return
+                logs, self._wanted = self._wanted, {}
+            for log in logs:
+                log.sync_now()
+
+
+class Log:
+    """Opens the log in `folder`, making it if there is none; one process at a time.
+
+    Attributes:
+        start, end: positions of its first byte and after its last.
+        synced_end: up to where it is on disk.
+        failure: why nothing can be appended any more, after an fsync failed; what was not on disk
+            then is cut off, and opening it again goes on from there.
+
+    Raises:
+        CorruptLog: damage before the last whole record.
+        StorageFailure: the folder cannot be made or written to.
+        Unavailable: another process has it open.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        thread: SyncThread,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        lock_seconds: float = LOCK_SECONDS,
+    ) -> None:
+        self.folder = folder
+        self.failure: StorageFailure | None = None
+        self._thread = thread
+        self._segment_bytes = segment_bytes
+        self._lock = threading.Lock()
+        self._waiting: list[Future[None]] = []
+        self._rolled: list[int] = []  # files of earlier segments, not yet fsynced
+        self._rolled_folder = False  # whether there is a segment that the folder may not name yet
+        self._file: int | None = None
+        self._torn = False  # the file may hold more than whole records
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder_file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._take_lock(lock_seconds)
+                self._segments = _segments(folder)
+                self.start, self.end = self._cut()
+                self.synced_end = self.end
+                if self._segments:
+                    self._open_segment(self._segments[-1])
+                self._sync_files(([] if self._file is None else [self._file]), True)
+            except BaseException:
+                self._close_files()
+                raise
+        except OSError as error:
+            raise StorageFailure(f"the log in {folder} cannot be opened: {error}") from error
+
+    def _take_lock(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self._folder_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"the log in {self.folder} is open in another process: another service uses "
+                    "the same home, or a learner that was replaced still lives"
+                )
+            time.sleep(0.05)
+
+    # ---- reading ----
+
+    def _cut(self) -> tuple[int, int]:
+        """Cut what a crash left half-written; returns where the log starts and ends."""
+        start = end = self._segments[0] if self._segments else 0
+        for segment in self._segments:
+            if segment != end:
+                break  # a segment is missing
+            data = memoryview(self._path(segment).read_bytes())
+            while (found := _record_at(data, end - segment)) is not None:
+                end = segment + found.end
+            if end != segment + len(data):
+                break
+        else:
+            return start, end
+        self._refuse_damage(end)
+        dropped = 0
+        for segment in reversed(self._segments[1:]):
+            if segment < end:
+                break
+            dropped += self._path(segment).stat().st_size
+            self._path(segment).unlink()
+            self._segments.pop()
+        last = self._path(self._segments[-1])
+        dropped += last.stat().st_size - (end - self._segments[-1])
+        os.truncate(last, end - self._segments[-1])
+        logger.warning(
+            "%s: cut to %d bytes, its last whole record; %d bytes after it were never acknowledged",
+            last,
+            end - self._segments[-1],
+            dropped,
+        )
+        return start, end
+
+    def _refuse_damage(self, end: int) -> None:
+        """
+        Raises:
+            CorruptLog: the log was on disk beyond `end`, where it is not whole now.
+        """
+        for segment in self._segments:
+            data = self._path(segment).read_bytes()
+            after = _records_after(data, max(end - segment, 0))
+            if any(found.synced > end for found in after):
+                raise CorruptLog(
+                    f"{self.place(end)} is damaged, and whole records come after it: restore the "
+                    "file, or resume the run from a checkpoint (path=...)"
+                )
+
+    def records(self) -> Iterator[tuple[int, memoryview]]:
+        """What is in the log when this is called: position and bytes of every record."""
+        for segment in list(self._segments):
+            view, offset = memoryview(self._path(segment).read_bytes()), 0
+            while (found := _record_at(view, offset)) is not None:
+                yield segment + offset, found.payload
+                offset = found.end
+
+    def place(self, position: int) -> str:
+        """File and offset of a position, for messages."""
+        segment = max((s for s in self._segments if s <= position), default=0)
+        return f"{self._path(segment)} at byte {position - segment:,}"
+
+    # ---- writing ----
+
+    def append(self, payload: bytes) -> int:
+        """Write a record (`synced` says when it is on disk); returns its position.
+
+        Raises:
+            InvalidInput: it is larger than `MAX_RECORD_BYTES`.
+            StorageFailure: it could not be written. The log is as it was, and may be tried again.
+        """
+        if len(payload) > MAX_RECORD_BYTES:
+            raise InvalidInput(
+                f"an operation of {len(payload):,} bytes; a log's record holds up to "
+                f"{MAX_RECORD_BYTES:,}: send smaller batches"
+            )
+        with self._lock:
+            if self.failure is not None:
+                raise self.failure
+            try:
+                return self._append(payload)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    self._mend()
+                raise StorageFailure(
+                    f"the log in {self.folder} cannot be written: {error}. Nothing was done; "
+                    "try again when there is room"
+                ) from error
+
+    def _append(self, payload: bytes) -> int:
+        self._mend()
+        if self._file is None or self.end - self._segments[-1] >= self._segment_bytes:
+            self._roll()
+        assert self._file is not None
+        length, synced = len(payload), self.synced_end
+        header = _HEADER.pack(_MAGIC, length, synced, _checksum(length, synced, payload))
+        self._torn = True
+        written = os.writev(self._file, (header, payload))
+        if written < len(header) + length:  # a full disk takes a part, and refuses the next
+            rest = memoryview(header + payload)[written:]
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        self._torn = False
+        position, self.end = self.end, self.end + len(header) + length
+        return position
+
+    def _mend(self) -> None:
+        if self._torn:
+            assert self._file is not None
+            os.ftruncate(self._file, self.end - self._segments[-1])
+            self._torn = False
+
+    def _roll(self) -> None:
+        before = self._file
+        self._open_segment(self.end)
+        self._segments.append(self.end)
+        if before is not None:
+            self._rolled.append(before)
+        self._rolled_folder = True
+
+    def _open_segment(self, segment: int) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._file = os.open(self._path(segment), flags, 0o644)
+
+    def synced(self) -> Future[None]:
+        """Done once all that has been appended so far is on disk; fails as `failure` says."""
+        future: Future[None] = Future()
+        with self._lock:
+            if self.failure is not None:
+                future.set_exception(self.failure)
+            elif self.synced_end == self.end:
+                future.set_result(None)
+            else:
+                self._waiting.append(future)
+        if not future.done():
+            self._thread.ask(self)
+        return future
+
+    def sync_now(self) -> None:
+        """For the sync thread."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+            rolled, self._rolled = self._rolled, []
+            folder, self._rolled_folder = self._rolled_folder, False
+            end, file = self.end, self._file
+        failure = self.failure
+        if failure is None and file is not None:
+            try:
+                self._sync_files([*rolled, file], folder)
+            except OSError as error:
+                # What the kernel could not write it forgets: only the disk knows what is there.
+                failure = StorageFailure(f"the log in {self.folder} could not be kept: {error}")
+                failure.__cause__ = error
+        with self._lock:
+            if failure is not None and self.failure is None:
+                self._cut_unsynced()
+            self.failure = failure
+            self.synced_end = max(self.synced_end, end) if failure is None else self.synced_end
+        for opened in rolled:
+            os.close(opened)
+        for future in waiting:
+            if failure is None:
+                future.set_result(None)
+            else:
+                future.set_exception(failure)
+
+    def _cut_unsynced(self) -> None:
+        """Nobody was told of it, and a learner started later must not find it."""
+        with contextlib.suppress(OSError):  # a disk that does not even take this is as it is
+            while self._segments[-1] > self.synced_end:
+                self._path(self._segments[-1]).unlink()
+                del self._segments[-1]
+            os.truncate(self._path(self._segments[-1]), self.synced_end - self._segments[-1])
+
+    def _sync_files(self, files: list[int], folder: bool) -> None:
+        for file in files:
+            os.fsync(file)
+        if folder:
+            os.fsync(self._folder_file)
+
+    # ---- the end ----
+
+    def trim(self, position: int) -> None:
+        """Delete segments that hold nothing from `position` on; the last one stays."""
+        with self._lock:
+            while len(self._segments) > 1 and self._segments[1] <= position:
+                self._path(self._segments[0]).unlink(missing_ok=True)
+                del self._segments[0]
+            self.start = self._segments[0] if self._segments else self.end
+
+    def close(self) -> None:
+        """Once all is on disk, if it can be."""
+        self.synced().exception()
+        with self._lock:
+            self.failure = self.failure or StorageFailure(f"the log in {self.folder} is closed")
+            self._close_files()
+
+    def _close_files(self) -> None:
+        for file in (*self._rolled, self._file, self._folder_file):
+            if file is not None:
+                os.close(file)
+        self._rolled, self._file = [], None
+
+    def _path(self, segment: int) -> Path:
+        return self.folder / f"{segment:020d}.wal"
+
+
+def _segments(folder: Path) -> list[int]:
+    return sorted(int(name[:20]) for name in os.listdir(folder) if _NAME.fullmatch(name))
