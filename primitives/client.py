@@ -256,14 +256,8 @@ class TrainingClient(HasSync):
     def _submit(self, kind: str, *, seq_id: int | None = None, **args: Any) -> Op[Any]:
         seq = self._take_seq_ids() if seq_id is None else seq_id
         span = tracing.start(kind, run=self.run_id, op=seq)
-        try:
-            future = self._link.submit(seq, kind, args, span.traceparent)
-            span.end_with(future)
-        except Exception:
-            # The number is taken: let the log pass over it.
-            skipped = self._link.submit(seq, "skip", {})
-            skipped.add_done_callback(lambda _: self._note_answer(seq))
-            raise
+        future = self._link.submit(seq, kind, args, span.traceparent)
+        span.end_with(future)
         future.add_done_callback(lambda _: self._note_answer(seq))
         return Op(future, withdraw=lambda: self._link.withdraw(seq))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import Unavailable
 from .op import Handle, forward_result
+from .window import Window
 
 RETRY_SECONDS = 300.0  # how long a learner may fail to come back, from the first failure
 PAUSE_SECONDS = 0.5  # between two attempts
@@ -48,6 +49,8 @@ class LearnerLink:
     `answered()`: the number before which the client knows what became of all operations. The learner
     passes over those of them that it misses: they were refused, when nothing could be written.
 
+    What is more than a window's worth of data waits here, and not in the learner's memory.
+
     An operation fails with `Unavailable` when no learner could be had for `retry_seconds` from the
     first failure on (an attempt under way is waited for), or when the service itself is gone.
     """
@@ -65,13 +68,16 @@ class LearnerLink:
         self._retry_seconds = retry_seconds
         self._lock = threading.Lock()
         self._asking: Future[RunGrant] | None = None
+        self._window = Window()
 
     def submit(
         self, seq_id: int, kind: str, args: dict[str, Any], trace: str | None = None
     ) -> Future[Any]:
-        """Send an operation at once; the future has its result."""
+        """Send an operation, now or when there is room; the future has its result."""
         sent = _Sent(seq_id, kind, args, trace)
-        self._send(sent)
+        sent.target.add_done_callback(lambda _: self._window.leave(seq_id))
+        size = sum(datum.nbytes for datum in args.get("data", ()))
+        self._window.enter(seq_id, size, lambda: self._send(sent))
         return sent.target
 
     def withdraw(self, seq_id: int) -> Future[bool]:
@@ -80,7 +86,13 @@ class LearnerLink:
     def _send(self, sent: _Sent) -> None:
         learner = self.grant.learner
         operation = (self.grant.run_id, sent.seq_id, sent.kind, sent.args)
-        call = learner.call("submit", *operation, self._answered_before(), sent.trace)
+        try:
+            call = learner.call("submit", *operation, self._answered_before(), sent.trace)
+        except Exception as error:
+            # It cannot be carried. Its number is taken: let the log pass over it.
+            learner.call("submit", self.grant.run_id, sent.seq_id, "skip", {})
+            sent.target.set_exception(error)
+            return
 
         def settle(done: Future[Any]) -> None:
             error = done.exception()
