@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import Metric
 
 from ..engines.adapter_store import AdapterKey, AdapterStore
 from ..engines.vllm_start import VllmOptions
-from ..primitives.errors import Unavailable
+from ..primitives.errors import Busy, Unavailable
 from ..primitives.op import Op
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 from .deaths import Deaths, Report
@@ -340,8 +340,14 @@ class SamplerPool(Withdrawable, Observed):
         """The version that a request begins with is not forgotten while it is under way.
 
         Raises:
+            Busy: as many requests as may be are under way.
             NotFound: the policy is not held.
         """
+        if self._using.total() >= self.limits.max_requests:
+            raise Busy(
+                f"the samplers of {self.name} have {self._using.total()} requests under way: try "
+                "again in a moment"
+            )
         key = self.adapters.resolve(request.policy)
         self._using[key] += 1
         try:

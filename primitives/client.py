@@ -6,23 +6,25 @@ log of operations; `SamplingClient` is a policy, pinned to a version or live.
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import itertools
 import json
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from . import tracing
-from .errors import InvalidInput, Unavailable
+from .errors import Busy, InvalidInput, Unavailable
 from .learner_link import LearnerLink, RunGrant
 from .metrics_text import metrics_text
 from .op import Handle, Op, chain, completed, forward_result
+from .patience import patiently
 from .sync import HasSync
 from .types import (
     ROUTED_EXPERTS,
@@ -135,7 +137,7 @@ class SamplingClient(HasSync):
         def send(grant: SamplerGrant) -> Future[SampleResponse]:
             span.set(run=grant.policy.run_id)
             bound = replace(request, policy=grant.policy, traceparent=span.traceparent)
-            return grant.sampler.call("sample", bound)
+            return patiently(lambda: grant.sampler.call("sample", bound))
 
         future = chain(self._grant, send)
         span.end_with(future)
@@ -164,13 +166,16 @@ class SamplingClient(HasSync):
             request_id=request_id,
             traceparent=span.traceparent,
         )
-        stream = grant.sampler.stream("stream", request)
-        try:
-            async for token in stream:
-                yield token
-        finally:
-            span.end()
-            await stream.aclose()  # type: ignore[attr-defined]
+        with span:
+            while True:
+                tokens = grant.sampler.stream("stream", request)
+                try:
+                    async with aclosing(tokens):  # type: ignore[type-var]
+                        async for token in tokens:
+                            yield token
+                    return
+                except Busy as refused:  # before its first token
+                    await asyncio.sleep(refused.retry_after_s)
 
     def compute_logprobs(
         self, prompt: TokensLike, *, prompt_logprobs_last_n: int | None = None
@@ -555,7 +560,7 @@ class EnvClient(HasSync):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        with contextlib.suppress(Unavailable):  # they went with the service
+        with suppress(Unavailable):  # they went with the service
             await self.close()
 
 
@@ -733,6 +738,4 @@ class ServiceClient(HasSync):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        import asyncio
-
         await asyncio.to_thread(self.close)

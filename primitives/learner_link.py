@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import Unavailable
 from .op import Handle, forward_result
+from .sync import later
 from .window import Window
 
 RETRY_SECONDS = 300.0  # how long a learner may fail to come back, from the first failure
@@ -157,9 +158,7 @@ class LearnerLink:
                 late.__cause__ = error
                 sent.target.set_exception(late)
             else:
-                timer = threading.Timer(PAUSE_SECONDS, self._ask_again, (sent, learner, error))
-                timer.daemon = True
-                timer.start()
+                later(PAUSE_SECONDS, lambda: self._ask_again(sent, learner, error))
 
         self._controller.call("ping").add_done_callback(decide)
 
