@@ -28,6 +28,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) -m tests.typecheck
+	$(PY) -m tests.audit
 
 format: setup
 	.venv/bin/ruff check --fix .
