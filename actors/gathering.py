@@ -12,7 +12,7 @@ from ..primitives.errors import TinsmithError
 from ..primitives.op import Op
 from .handle import RayHandle
 
-PATIENCE_S = 3.0  # with a process that does not answer
+PATIENCE_S = 6.0  # with a process that does not answer
 
 
 async def gather(

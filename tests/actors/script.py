@@ -19,7 +19,7 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
-def run_script(text: str, *args: object, seconds: float = 120) -> str:
+def run_script(text: str, *args: object, seconds: float = 240) -> str:
     """The output of a script that must end well."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(text), *map(str, args)],
