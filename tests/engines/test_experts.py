@@ -27,6 +27,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 import tinsmith
 from tests.data import untimed
+from tests.engines.as_trained import as_trained
 from tests.engines.test_learner import padded_reference
 from tests.engines.test_many_runs import ADAM, add_run, datums_of, together
 from tests.tiny import make_tiny_model
@@ -387,9 +388,8 @@ TOKENS = np.random.default_rng(0).integers(0, 336, 40)
 def trained(backbone: Backbone, lora: LoraConfig) -> tuple[AdapterLayout, torch.Tensor]:
     """An adapter as after some training."""
     layout = backbone.layout(lora)
-    flat, generator = layout.initial(), torch.Generator().manual_seed(0)
-    for _, b in layout.views(flat).values():
-        b.normal_(0, 0.05, generator=generator)
+    flat = layout.initial()
+    as_trained(layout, flat)
     return layout, flat
 
 

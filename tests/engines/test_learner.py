@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tinsmith
+from tests.engines.as_trained import as_trained
 from tinsmith.algorithms.losses import get_loss
 from tinsmith.engines import backbone as backbone_module
 from tinsmith.engines.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
@@ -35,10 +36,8 @@ def engine_with_run(backbone, config=LORA, run_id="a", seed=0, **options) -> Lea
     """A run whose B is random too, as after some training."""
     engine = LearnerEngine(backbone, **options)
     engine.create_run(run_id, config)
-    generator = torch.Generator().manual_seed(seed)
     run = engine.runs[run_id]
-    for _, b in run.layout.views(run.params).values():
-        b.normal_(0, 0.05, generator=generator)
+    as_trained(run.layout, run.params, seed)
     return engine
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tinsmith
 from tests.data import VOCAB, untimed
+from tests.engines.as_trained import as_trained
 from tests.engines.test_learner import padded_reference
 from tinsmith.algorithms.losses import LOSSES, Loss
 from tinsmith.engines import learner as learner_module
@@ -67,9 +68,8 @@ def datums_of(rng: np.random.Generator, loss_fn: str, leaves: int) -> list[Datum
 def add_run(engine: LearnerEngine, run_id: str, lora: LoraConfig, **options) -> None:
     """Its B random too, as after some training."""
     engine.create_run(run_id, lora, **options)
-    run, generator = engine.runs[run_id], torch.Generator().manual_seed(lora.seed or 0)
-    for _, b in run.layout.views(run.params).values():
-        b.normal_(0, 0.05, generator=generator)
+    run = engine.runs[run_id]
+    as_trained(run.layout, run.params, lora.seed or 0)
 
 
 tenants = st.lists(

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import tinsmith
+from tests.engines.as_trained import as_trained
 from tinsmith.engines.adapter_files import CONFIG, WEIGHTS, read_factors, write_adapter
 from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.learner import LearnerEngine
@@ -40,9 +41,7 @@ def trained(path: Path, lora: LoraConfig) -> tuple[Backbone, torch.Tensor, dict[
     backbone = Backbone(path)
     layout = backbone.layout(lora)
     flat = layout.initial()
-    generator = torch.Generator().manual_seed(0)
-    for _, b in layout.views(flat).values():
-        b.normal_(0, 0.05, generator=generator)
+    as_trained(layout, flat)
     return backbone, flat, write_adapter(layout, flat, str(path))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.data import VOCAB, changed, policy_datum, text_datum
+from tests.engines.as_trained import as_trained
 from tests.engines.on_ranks import on_ranks
 from tinsmith import InvalidInput
 from tinsmith.algorithms.losses import get_loss, register_loss
@@ -50,9 +51,8 @@ def engine_of(backbone, **options) -> LearnerEngine:
     engine = LearnerEngine(backbone, max_pack_tokens=192, **options)
     for run_id, lora in RUNS.items():
         engine.create_run(run_id, lora)
-        run, generator = engine.runs[run_id], torch.Generator().manual_seed(4)
-        for _, b in run.layout.views(run.params).values():
-            b.normal_(0, 0.05, generator=generator)
+        run = engine.runs[run_id]
+        as_trained(run.layout, run.params, seed=4)
     return engine
 
 
