@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -14,7 +15,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from ..primitives.op import Op
 from ..primitives.types import Crash
 from .deaths import log_crash, told
-from .gathering import ask, gather, merge
+from .gathering import gather, merge
 from .handle import RayHandle
 from .notes import FOLDER, read_notes
 from .observed import Meters
@@ -61,18 +62,17 @@ async def service_metrics(
 ) -> list[Metric]:
     """Of the controller, of learners and sampler pools by their model's name, and of environment
     workers; those that do not answer in time are left out."""
+    named = {f"environment worker {index}": worker for index, worker in enumerate(workers)}
+    of_learners, of_pools, of_samplers, of_workers = await asyncio.gather(
+        gather(learners), gather(pools), gather(pools, "metrics_of_each"), gather(named)
+    )
     parts: list[tuple[Mapping[str, str], Iterable[Metric]]] = [
         ({"process": "controller", "model": ""}, own)
     ]
-    of_learners = await gather(learners)
     parts += [({"process": "learner", "model": m}, f) for m, f in of_learners.items()]
-    of_pools = await gather(pools)
     parts += [({"process": "sampler pool", "model": m}, f) for m, f in of_pools.items()]
-    for model in of_pools:
-        each: dict[str, list[Metric]] = await ask(pools[model], "metrics_of_each") or {}
+    for model, each in of_samplers.items():
         parts += [({"process": name, "model": model}, f) for name, f in each.items()]
-    named = {f"environment worker {index}": worker for index, worker in enumerate(workers)}
-    of_workers = await gather(named)
     parts += [({"process": name, "model": ""}, f) for name, f in of_workers.items()]
     merged = merge(parts)
     return [*merged, _staleness(merged)]

@@ -13,22 +13,23 @@ from ..primitives.op import Op
 from .handle import RayHandle
 
 PATIENCE_S = 6.0  # with a process that does not answer
+INNER_PATIENCE_S = PATIENCE_S / 2  # where who asks is itself waited for
 
 
 async def gather(
-    handles: Mapping[str, RayHandle], method: str = "metrics"
-) -> dict[str, list[Metric]]:
-    """Of those that answer in time."""
+    handles: Mapping[str, RayHandle], method: str = "metrics", patience_s: float = PATIENCE_S
+) -> dict[str, Any]:
+    """What those that answer in time say, by name."""
     names = list(handles)
-    asked = (ask(handles[name], method) for name in names)
+    asked = (_ask(handles[name], method, patience_s) for name in names)
     answers = dict(zip(names, await asyncio.gather(*asked), strict=True))
     return {name: answer for name, answer in answers.items() if answer is not None}
 
 
-async def ask(handle: RayHandle, method: str) -> Any:
+async def _ask(handle: RayHandle, method: str, patience_s: float) -> Any:
     """None if it does not answer in time."""
     try:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             return await Op(handle.call(method))
     except (TinsmithError, TimeoutError):
         return None

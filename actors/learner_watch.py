@@ -158,7 +158,7 @@ class LearnerWatch:
     ) -> None:
         for number, count in rows.items():
             op = self._ops.get(self._batch(number))
-            if op is not None and op.span.carried and len(op.passes) < PASSES_TRACED:
+            if op is not None and op.span.traceparent and len(op.passes) < PASSES_TRACED:
                 op.passes.append(_Pass(began, forward_s, backward_s, count, len(rows)))
 
     # ---- how they end ----
@@ -171,7 +171,7 @@ class LearnerWatch:
         if op.counted and op.run_id in self._runs:
             self._count(op, error, metrics, now)
         self._log(op, error)
-        if op.span.carried:
+        if op.span.traceparent:
             self._trace(op, metrics, now)
         op.span.end(error)
 

@@ -26,7 +26,7 @@ from ..primitives.errors import Busy, Unavailable
 from ..primitives.op import Op
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 from .deaths import Deaths, Report
-from .gathering import gather
+from .gathering import INNER_PATIENCE_S, gather
 from .handle import MAX_WAITING_CALLS, RayHandle
 from .observed import Observed, own_notes
 from .placement import Plan, Seat
@@ -398,7 +398,8 @@ class SamplerPool(Withdrawable, Observed):
 
     async def metrics_of_each(self) -> dict[str, list[Metric]]:
         """The samplers' own, by name."""
-        return await gather({f"sampler {r.number}": r.handle for r in self.replicas})
+        samplers = {f"sampler {r.number}": r.handle for r in self.replicas}
+        return await gather(samplers, patience_s=INNER_PATIENCE_S)
 
 
 @contextmanager

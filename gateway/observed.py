@@ -9,17 +9,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-)
+from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 
 from ..actors.gathering import merge
+from ..actors.observed import Meters
 from ..primitives import logs, tracing
 from ..primitives.errors import InvalidInput
 from ..primitives.metrics_text import metrics_text
@@ -38,28 +32,22 @@ SECONDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0)
 class GatewayWatch:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(namespace="tinsmith", registry=registry)
-        self._requests = Counter(
-            "tinsmith_http_requests",
-            "HTTP requests answered.",
-            ("method", "route", "status"),
-            registry=registry,
+        self.meters = Meters()
+        self._requests = self.meters.counter(
+            "http_requests", "HTTP requests answered.", "method", "route", "status"
         )
-        self._seconds = Histogram(
-            "tinsmith_http_request_seconds",
+        self._seconds = self.meters.histogram(
+            "http_request_seconds",
             "HTTP requests, from their head to their answer (polls wait for what they ask for).",
-            ("route",),
+            "route",
             buckets=SECONDS,
-            registry=registry,
         )
         for name, about, value in (
             ("pending_requests", "Operations and samples under way.", self._pending),
             ("pending_bytes", "Bytes of training requests that wait.", gateway.pending_bytes),
             ("sessions", "Client processes that are there.", gateway.active_sessions),
         ):
-            gauge = Gauge(f"tinsmith_gateway_{name}", about, registry=registry)
-            gauge.set_function(value)
+            self.meters.gauge(f"gateway_{name}", about).set_function(value)
 
     def _pending(self) -> float:
         return len(self.gateway.futures)
@@ -74,7 +62,7 @@ class GatewayWatch:
         """Of the whole service, as far as this owner may see: with keys, only the operator sees
         series of others' runs."""
         service = await Op(self.gateway.controller.call("metrics"))
-        own = ({"process": "gateway", "model": ""}, self.registry.collect())
+        own = ({"process": "gateway", "model": ""}, self.meters.collect())
         families = merge([({}, service), own])
         if self.gateway.access.closed and owner != OPERATOR:
             rows = await self.gateway.store.all_runs()

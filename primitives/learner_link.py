@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import Unavailable
-from .op import Handle, forward_result
+from .op import Handle, completed, forward_result
 from .sync import later
 from .window import Window
 
@@ -109,14 +109,13 @@ class LearnerLink:
     def _ask(self, dead: Handle) -> Future[RunGrant]:
         """The grant of the learner in the place of one; all who wait share the question."""
         with self._lock:
-            if self._asking is None and self.grant.learner == dead:
-                self._asking = self._controller.call("reopen_run", self.grant.run_id)
-                self._asking.add_done_callback(self._answered)
             if self._asking is not None:
                 return self._asking
-            answer: Future[RunGrant] = Future()
-            answer.set_result(self.grant)
-            return answer
+            if self.grant.learner != dead:
+                return completed(self.grant)
+            asking = self._asking = self._controller.call("reopen_run", self.grant.run_id)
+        asking.add_done_callback(self._answered)  # which may be at once, and takes the lock
+        return asking
 
     def _answered(self, answer: Future[RunGrant]) -> None:
         with self._lock:

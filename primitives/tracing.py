@@ -24,11 +24,6 @@ class Span:
         self._span = span
         self.traceparent = None if span is None else _traceparent(span)
 
-    @property
-    def carried(self) -> tuple[str, ...]:
-        """Its traceparent as a further argument of a call, or no argument."""
-        return () if self.traceparent is None else (self.traceparent,)
-
     def set(self, **attributes: Any) -> None:
         if self._span is not None:
             self._span.set_attributes(_named(attributes))
@@ -84,10 +79,6 @@ def record(
     )
     span.end(offset + int(ended * 1e9))
     return _traceparent(span)
-
-
-def recording() -> bool:
-    return _tracer() is not None
 
 
 def _tracer() -> Any:

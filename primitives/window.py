@@ -42,8 +42,8 @@ class Window:
             if not self._waiting:
                 return None
             number, size, send = self._waiting[0]
-            lowest = min(self._under_way, default=number)
-            if self._bytes + size > self.size and number > lowest:
+            full = self._bytes + size > self.size
+            if full and number > min(self._under_way, default=number):
                 return None
             heapq.heappop(self._waiting)
             self._under_way[number] = size

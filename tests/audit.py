@@ -19,7 +19,7 @@ def main() -> int:
         packages = []
     audited = [package for package in packages if "vulns" in package]
     if not audited:
-        told = "it knows none of them" if packages else ran.stderr.strip().splitlines()[-1:]
+        told = "it knows none of them" if packages else ran.stderr.strip().rpartition("\n")[2]
         print(f"dependencies were NOT audited: no vulnerability service answers ({told})")
         return 0
     found = [(package, known) for package in audited for known in package["vulns"]]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 
 import httpx
 import numpy as np
@@ -75,8 +76,10 @@ def test_counts_are_those_of_the_operations_sent_and_go_with_the_run(service, ur
     assert total(samples, "staleness_versions", run=run) == 0
     assert total(samples, "queued_ops", run=run) == 0
     assert total(samples, "run_bytes", run=run) > 0
-    for process in ("controller", "learner", "sampler 0", "gateway"):
-        assert total(samples, "process_resident_memory_bytes", process=process) > 1e6, process
+    memory = samples["tinsmith_process_resident_memory_bytes"]
+    processes = {s.labels["process"] for s in memory if s.value > 1e6}
+    # Which number the sampler has depends on how many died before, in other tests.
+    assert {"controller", "learner", "sampler", "gateway"} <= {p.split()[0] for p in processes}
     steps = {"method": "POST", "route": "/api/v1/optim_step", "status": "200"}
     assert total(samples, "http_requests_total", **steps) >= 3
     # No series is there twice, and none without bounds.
@@ -101,7 +104,7 @@ def test_top_shows_a_run_that_trains(url, training):
     shown = top.invoke(app, ["top", "--url", url, "--once", "--interval", "0.1"])
     assert shown.exit_code == 0, shown.output
     assert training.model_id[:8] in shown.stdout
-    assert "sampler 0" in shown.stdout
+    assert re.search(r"sampler \d", shown.stdout)
 
 
 def test_top_says_where_nobody_answers():

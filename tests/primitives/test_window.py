@@ -35,11 +35,13 @@ def test_a_number_that_others_wait_for_is_let_through():
 def test_threads_lose_nothing():
     rng = np.random.default_rng(0)
     sizes = rng.integers(0, 8, 400).tolist()
-    window, done, lock = Window(10), [], threading.Lock()
+    window, done, lock, all_there = Window(10), [], threading.Lock(), threading.Event()
 
     def land(number: int) -> None:
         with lock:
             done.append(number)
+            if len(done) == len(sizes):
+                all_there.set()
         window.leave(number)
 
     def send(number: int) -> None:
@@ -57,6 +59,5 @@ def test_threads_lose_nothing():
         thread.start()
     for thread in threads:
         thread.join()
-    while threading.active_count() > 1 and len(done) < len(sizes):
-        pass
+    assert all_there.wait(60)
     assert sorted(done) == list(range(len(sizes)))
