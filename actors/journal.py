@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..primitives.errors import CorruptLog, StorageFailure
 from . import records, snapshots
+from .durable import make_folder
 from .records import Record
 from .snapshots import About
 from .wal import Log, SyncThread
@@ -70,7 +71,7 @@ class Journal:
         try:
             if folder.exists():
                 shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            make_folder(folder)
         except OSError as error:
             raise StorageFailure(f"the log in {folder} cannot be made: {error}") from error
         snapshots.write(folder, about, state)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..primitives import codec
 from ..primitives.errors import CorruptLog, StorageFailure
 from ..primitives.types import LoraConfig
+from . import durable
 from .records import Record
 
 _STATE, _ABOUT, _TEMPORARY = "state.safetensors", "about.msgpack", ".tmp-snapshot"
@@ -73,9 +74,9 @@ def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync(staged)
+        durable.sync(staged)
         staged.rename(folder / f"snapshot-{number:020d}")
-        _sync(folder)
+        durable.sync(folder)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise StorageFailure(f"no snapshot could be written to {folder}: {error}") from error
@@ -116,11 +117,3 @@ def set_aside(snapshot: Path) -> None:
 
 def _number(snapshot: Path) -> int:
     return int(snapshot.name.removeprefix("snapshot-"))
-
-
-def _sync(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from ..primitives.errors import NotFound
+from ..primitives.errors import NotFound, StorageFailure
 from ..primitives.paths import CheckpointPath
+from . import durable
 
 MANIFEST = "manifest.json"
 
@@ -25,6 +28,7 @@ class Storage:
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
         self.fs, self.base = fsspec.core.url_to_fs(self.root)
+        self._local = isinstance(self.fs, LocalFileSystem)
 
     def _path(self, folder: str) -> str:
         return f"{self.base.rstrip('/')}/{folder}"
@@ -38,32 +42,70 @@ class Storage:
         """Write files that will be `folder` once `commit` is called; returns their name until
         then. What is never committed is only a `.tmp-` folder."""
         staged = _temporary(folder)
-        self.fs.makedirs(self._path(staged), exist_ok=True)
-        for file, data in files.items():
-            self.fs.pipe_file(self._path(f"{staged}/{file}"), data)
+        with self._writing(staged):
+            for file, data in files.items():
+                self.fs.pipe_file(self._path(f"{staged}/{file}"), data)
         return staged
 
     def stage_copy(self, path: str, folder: str) -> tuple[str, int]:
         """`stage` with the files of the checkpoint `path`; also returns their size in bytes."""
         source, files = CheckpointPath.parse(path).folder, self.files(path)
         staged = _temporary(folder)
-        self.fs.makedirs(self._path(staged), exist_ok=True)
         try:
-            for file in files:
-                self.fs.cp_file(self._path(f"{source}/{file}"), self._path(f"{staged}/{file}"))
+            with self._writing(staged):
+                for file in files:
+                    self.fs.cp_file(self._path(f"{source}/{file}"), self._path(f"{staged}/{file}"))
         except FileNotFoundError:
-            self.delete(staged)
             raise _no_checkpoint(path) from None
         return staged, sum(files.values())
 
+    @contextlib.contextmanager
+    def _writing(self, staged: str) -> Iterator[None]:
+        """Into a new folder, which is on disk afterwards, or not there.
+
+        Raises:
+            StorageFailure: the disk is full, read-only or broken.
+        """
+        folder = self._path(staged)
+        try:
+            if self._local:
+                durable.make_folder(Path(folder))
+            else:
+                self.fs.makedirs(folder, exist_ok=True)
+            yield
+            if self._local:
+                for path in (*Path(folder).iterdir(), Path(folder)):
+                    durable.sync(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.delete(staged)
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise StorageFailure(f"{folder} could not be written: {error}") from error
+
     def commit(self, staged: str, folder: str) -> None:
         """Put what was staged in place, instead of what has that name. A reader sees either all
-        files or none. One caller at a time for one folder."""
+        files or none. One caller at a time for one folder.
+
+        Raises:
+            StorageFailure: that could not be had on disk; what has that name is as it was.
+        """
         replaced = f"{staged}-replaced"
         if self.exists(folder):
-            self.fs.mv(self._path(folder), self._path(replaced), recursive=True)
-        self.fs.mv(self._path(staged), self._path(folder), recursive=True)
+            self._move(folder, replaced)
+        self._move(staged, folder)
+        if self._local:
+            try:
+                durable.sync(Path(self._path(folder)).parent)
+            except OSError as error:
+                self._move(folder, staged)
+                if self.exists(replaced):
+                    self._move(replaced, folder)
+                raise StorageFailure(f"{folder} could not be kept: {error}") from error
         self.delete(replaced)
+
+    def _move(self, folder: str, to: str) -> None:
+        self.fs.mv(self._path(folder), self._path(to), recursive=True)
 
     def delete(self, folder: str) -> None:
         if self.exists(folder):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..primitives.errors import CorruptLog, InvalidInput, StorageFailure, Unavailable
+from .durable import make_folder
 
 MAX_RECORD_BYTES = 1 << 30
 SEGMENT_BYTES = 64 << 20
@@ -144,7 +145,7 @@ class Log:
         self._file: int | None = None
         self._torn = False  # the file may hold more than whole records
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._folder_file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 self._take_lock(lock_seconds)
