@@ -439,6 +439,7 @@ class Learner(Observed):
         kind: str,
         args: dict[str, Any],
         answered: int = 1,
+        delivered: int = 1,
         trace: str | None = None,
     ) -> Any:
         """Append operation `seq_id` to a run's log and wait for its result.
@@ -446,9 +447,12 @@ class Learner(Observed):
         Args:
             answered: the client knows what became of all operations before this number: those that
                 are missing were refused, and are passed over.
+            delivered: the client has the results of all operations before this number: they are kept
+                no longer.
             trace: the `traceparent` of who sent it.
         """
         log = self._log(run_id)
+        log.forget_results(min(delivered, seq_id))
         future = log.results.get(seq_id)
         if future is None:
             if seq_id < log.next_seq_id:

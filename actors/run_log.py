@@ -122,6 +122,15 @@ class RunLog:
             if seq_id not in self.waiting:
                 self.pass_over(seq_id, error)
 
+    def forget_results(self, end: int) -> None:
+        """Of all operations before `end`: the client has them."""
+        while self.results:
+            seq_id, result = next(iter(self.results.items()))
+            if seq_id >= end or not result.done():
+                break
+            del self.results[seq_id]
+        self.journal.forget_results(end)
+
     def _wait(self, seq_id: int, kind: str, args: dict[str, Any], position: int) -> Entry:
         # A result that no caller waits for any more is not an unhandled error.
         future = unhandled_is_fine(asyncio.get_running_loop().create_future())

@@ -381,7 +381,7 @@ class Gateway:
 
         async def apply() -> Answer:
             grant = await self._run_grant(run)
-            link = LearnerLink(grant, self.controller, lambda: run.answered)
+            link = LearnerLink(grant, self.controller, lambda: run.answered, keep=True)
             try:
                 prepared = await args()
             except BaseException:

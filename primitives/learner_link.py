@@ -49,6 +49,7 @@ class LearnerLink:
 
     `answered()`: the number before which the client knows what became of all operations. The learner
     passes over those of them that it misses: they were refused, when nothing could be written.
+    `keep`: it also keeps their results, for a client that may ask for one again.
 
     What is more than a window's worth of data waits here, and not in the learner's memory.
 
@@ -61,10 +62,11 @@ class LearnerLink:
         grant: RunGrant,
         controller: Handle,
         answered: Callable[[], int],
+        keep: bool = False,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self.grant = grant
-        self._answered_before = answered
+        self._answered_before, self._keep = answered, keep
         self._controller = controller
         self._retry_seconds = retry_seconds
         self._lock = threading.Lock()
@@ -87,8 +89,10 @@ class LearnerLink:
     def _send(self, sent: _Sent) -> None:
         learner = self.grant.learner
         operation = (self.grant.run_id, sent.seq_id, sent.kind, sent.args)
+        answered = self._answered_before()
+        delivered = 1 if self._keep else answered
         try:
-            call = learner.call("submit", *operation, self._answered_before(), sent.trace)
+            call = learner.call("submit", *operation, answered, delivered, sent.trace)
         except Exception as error:
             # It cannot be carried. Its number is taken: let the log pass over it.
             learner.call("submit", self.grant.run_id, sent.seq_id, "skip", {})
