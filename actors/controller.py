@@ -43,7 +43,7 @@ from .archive import adapter_files
 from .controller_watch import ControllerWatch, Reports, left_behind, service_metrics
 from .deaths import Deaths
 from .env_worker import EnvWorker
-from .handle import MAX_WAITING_CALLS, RayHandle
+from .handle import MAX_WAITING_CALLS, ActorGone, RayHandle
 from .journal import log_folder
 from .learner import Learner
 from .learner_helper import LearnerHelper
@@ -58,8 +58,14 @@ from .threads import ENGINE_ENV
 from .wal import REPLAY_SECONDS
 
 EXPIRY_SECONDS = 60.0
+# For actors that a service cannot do without: the head's node is the one whose loss ends a cluster anyway.
+ON_THE_HEAD = {"node:__internal_head__": 0.0001}
 
 logger = logging.getLogger(__name__)
+
+
+def _is_there(task: asyncio.Task[Any]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,9 @@ class Controller(Observed):
         self.reorder_sampler_weights = reorder_sampler_weights
         self.layout = layout
         self.replay_seconds = replay_seconds
+        self.service = (
+            ray.get_runtime_context().get_session_name()
+        )  # this cluster, wherever it runs
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
         self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
@@ -155,13 +164,21 @@ class Controller(Observed):
                 await Op(handle.call("ping"))
                 return handle
             except Exception as error:
-                if self.started.get(key) is task:
+                gone = not _is_there(task) or isinstance(error, ActorGone)
+                if (gone or starting) and self.started.get(key) is task:
                     del self.started[key]
-                if starting or not isinstance(error, Unavailable):
+                    if _is_there(task):
+                        ray.kill(task.result().actor)  # it may only be out of reach
+                if starting or not gone or not isinstance(error, Unavailable):
                     raise
 
     async def _place(self, name: str, path: str) -> Place:
-        """Where a model's learner and samplers go, reserved by whoever asks first."""
+        """Where a model's learner and samplers go, reserved by whoever asks first.
+
+        Raises:
+            OutOfCapacity: there is no room for them.
+            Unavailable: there was, and is none now.
+        """
 
         async def reserve() -> Place:
             gpus = ray.cluster_resources().get("GPU", 0.0)
@@ -183,15 +200,21 @@ class Controller(Observed):
             reservation = await Reservation.make(what, planned.bundles, self.placement)
             return Place(planned, reservation, layout)
 
+        if path in self.places and _is_there(self.places[path]):
+            place = self.places[path].result()
+            if await asyncio.to_thread(place.reservation.given_back):
+                self.places.pop(path, None)
         if path not in self.places:
             self.places[path] = asyncio.create_task(reserve())
         task = self.places[path]
         try:
-            return await asyncio.shield(task)
+            place = await asyncio.shield(task)
         except TinsmithError:
             if self.places.get(path) is task:
                 del self.places[path]
             raise
+        await place.reservation.there()
+        return place
 
     async def _learner(self, base_model: str) -> RayHandle:
         name, path = await self._model(base_model)
@@ -218,6 +241,7 @@ class Controller(Observed):
                     self.base_weights,
                     place.layout,
                     self.replay_seconds,
+                    self.service,
                 )
             )
             handle = RayHandle(actor, "learner", self.home)
@@ -295,7 +319,7 @@ class Controller(Observed):
             )
             actor = (
                 ray.remote(SamplerPool)
-                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS)
+                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, resources=ON_THE_HEAD)
                 .remote(name, sampler, self.replicas, place.plan, place.reservation, crashed)
             )
             handle = RayHandle(actor, "sampler", self.home)

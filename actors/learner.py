@@ -90,12 +90,12 @@ class Learner(Observed):
         weights: BaseWeights = "auto",
         layout: Layout | None = None,
         replay_seconds: float = REPLAY_SECONDS,
+        service: str | None = None,
     ) -> None:
         self.observe("learner")
         notes = own_notes(storage_root, f"learner of {base_model}")
         self.watch = LearnerWatch(self.meters, notes, self._batch_under_way)
-        self.replay_seconds = replay_seconds
-        self.sync_thread = SyncThread()
+        self.journals = (SyncThread(), replay_seconds, service)  # what all of them are opened with
         self.base_model = base_model
         self.model_path = model_path
         self.run_bytes = run_bytes
@@ -110,6 +110,7 @@ class Learner(Observed):
         self.logs: dict[str, RunLog] = {}
         self.recovering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.mending: dict[str, asyncio.Task[None]] = {}  # runs whose log their disk has failed
+        self.taken: dict[str, asyncio.Task[None]] = {}  # runs that another learner has
         self.batches: dict[int, RunLog] = {}  # under way, by the engine's number
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -220,7 +221,7 @@ class Learner(Observed):
                 position=0,
                 results=[],
             )
-            how = (self._log_folder(run_id), self.sync_thread, self.replay_seconds)
+            how = (self._log_folder(run_id), *self.journals)
             journal = await asyncio.to_thread(Journal.begin, *how, about, state)
         except BaseException:
             await self._in_engine(self.engine.drop_run, run_id)
@@ -234,7 +235,7 @@ class Learner(Observed):
             journal,
             about.run_key,
             self.wake.set,
-            self._mend_soon,
+            self._failed,
             about.next_seq_id,
             about.publish_steps,
             about.published,
@@ -284,13 +285,15 @@ class Learner(Observed):
                 is gone.
             OperationCrashed: replaying it has killed learners.
             StorageFailure: the log cannot be written.
-            Unavailable: another process has the run open.
+            Unavailable: a process of another service has the run open, or another learner has taken it
+                meanwhile.
         """
         async with self.recovering[run_id]:
             if crashed and (run_id in self.logs or run_id in self.mending):
                 return self._log(run_id).next_seq_id
-            how = (self._log_folder(run_id), self.sync_thread, self.replay_seconds)
+            how = (self._log_folder(run_id), *self.journals)
             journal, log = await asyncio.to_thread(Journal, *how), None
+            self.taken.pop(run_id, None)
             try:
                 about, state, written = await asyncio.to_thread(journal.read)
                 log = self._run_log(run_id, journal, about)
@@ -388,11 +391,21 @@ class Learner(Observed):
         if log.snapshot is not None:
             await asyncio.wait({log.snapshot})
 
-    # ---- disks that fail ----
+    # ---- disks that fail, and runs that another learner has taken ----
 
-    def _mend_soon(self, log: RunLog) -> None:
-        if self.logs.get(log.run_id) is log and not self.recovering[log.run_id].locked():
+    def _failed(self, log: RunLog) -> None:
+        if self.logs.get(log.run_id) is not log or self.recovering[log.run_id].locked():
+            return
+        if log.taken:
+            self.taken[log.run_id] = asyncio.create_task(self._let_go(log))
+        else:
             self.mending[log.run_id] = asyncio.create_task(self._mend(log))
+
+    async def _let_go(self, log: RunLog) -> None:
+        logger.warning("run %s: %s", log.run_id, log.journal.log.failure)
+        await self._forget(log)
+        await self._settle_writes()
+        await asyncio.to_thread(log.journal.close)
 
     async def _mend(self, log: RunLog) -> None:
         """Open a run again when the disk that failed its log takes it again: what was on disk goes
@@ -484,11 +497,13 @@ class Learner(Observed):
 
     def _log(self, run_id: str) -> RunLog:
         log = self.logs.get(run_id)
-        if run_id in self.mending or (log is not None and log.failed):
+        if run_id in self.mending or (log is not None and log.failed and not log.taken):
             raise StorageFailure(
                 f"the log of run {run_id} cannot be written: its disk is full or broken. Nothing was "
                 "done; try again when there is room"
             )
+        if run_id in self.taken:
+            raise Unavailable(f"another learner has taken over run {run_id}: ask that one")
         if log is None:
             raise NotFound(
                 f"run {run_id!r} is not open on this learner; "
@@ -723,6 +738,7 @@ class Learner(Observed):
             await asyncio.wrap_future(log.journal.on_disk())
             async with log.publishing:
                 sampler = await self._sampler()
+                log.journal.log.claim.check()
                 try:
                     await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
                 except Unavailable:
@@ -786,6 +802,7 @@ class Learner(Observed):
             async with self.writing:  # in order: of two saves by one name the later one stays
                 checkpoint, staged = await asyncio.to_thread(write)
                 # The controller alone gives out names: saving, copying and deleting cannot collide.
+                log.journal.log.claim.check()
                 await Op(self.controller.call("add_checkpoint", checkpoint, staged, overwrite))
             return SaveResponse(str(path))
 

@@ -17,6 +17,7 @@ from ..primitives.errors import (
     InvalidInput,
     OperationCrashed,
     StorageFailure,
+    Unavailable,
 )
 from . import records
 from .journal import Journal
@@ -53,8 +54,8 @@ class RunLog:
     Attributes:
         run_key: names this opening of the run in the checkpoints that it saves.
         wake: called when there may be something to do.
-        on_disk_failure: called once when the disk fails the log: nothing more comes of it, and what
-            the disk has kept goes on when the run is opened again.
+        on_failure: called once when the disk fails the log, or another learner has taken it: nothing
+            more comes of it here, and what the disk has kept goes on when the run is opened again.
         publish_steps, published: whether every operation that changes the weights publishes them,
             and whether any has.
         replayed: operations up to this number had come to a learner before this one.
@@ -75,7 +76,7 @@ class RunLog:
     journal: Journal
     run_key: str
     wake: Callable[[], None]
-    on_disk_failure: Callable[[RunLog], None]
+    on_failure: Callable[[RunLog], None]
     next_seq_id: int = 1
     publish_steps: bool = False
     published: bool = False
@@ -97,6 +98,11 @@ class RunLog:
     snapshot: asyncio.Future[Any] | None = None
     demanded: asyncio.Future[Any] | None = None
     reached: tuple[int, asyncio.Future[Any]] | None = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether another learner has taken the run."""
+        return isinstance(self.journal.log.failure, Unavailable)
 
     # ---- what comes ----
 
@@ -169,7 +175,8 @@ class RunLog:
         asyncio.wrap_future(self.journal.on_disk()).add_done_callback(give)
 
     def _fail(self) -> None:
-        """The disk failed: what it has not kept is refused, what it has kept is done again."""
+        """The disk failed: what it has not kept is refused, what it has kept is done again. Or another
+        learner has taken the run: it is asked for all that was not answered."""
         if self.failed:
             return
         self.failed = True
@@ -177,13 +184,14 @@ class RunLog:
         failure = self.journal.log.failure
         assert failure is not None
         for entry in self.unanswered.values():
-            if entry.position >= self.journal.log.synced_end and not entry.future.done():
+            lost = self.taken or entry.position >= self.journal.log.synced_end
+            if lost and not entry.future.done():
                 entry.future.set_exception(failure)
         for waiting in (self.demanded, self.reached and self.reached[1]):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(failure)
         self.demanded = self.reached = None
-        self.on_disk_failure(self)
+        self.on_failure(self)
 
     def _cannot_replay(self, entry: Entry, error: BaseException) -> None:
         """It had been done, and what came after it rests on it."""

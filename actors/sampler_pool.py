@@ -143,6 +143,8 @@ class SamplerPool(Withdrawable, Observed):
             logger.warning("a sampler of %s did not start: %s", self.name, task.exception())
 
     async def _started(self, seat: Seat) -> None:
+        if seat.bundle is not None:
+            await self.reservation.there()
         args = dict(self.sampler_args)
         if args["vllm"] is not None and 0 < seat.gpus < 1:
             args["vllm"] = _on_a_part(args["vllm"], seat.gpus)

@@ -81,7 +81,7 @@ async def test_with_a_disk_that_fails_now_and_then_what_was_refused_was_not_done
         if seq_id in (11, 21):  # a crash: what is on disk now, and nothing more of this life
             broken = False
             home, crashed = tmp_path / str(seq_id), home
-            shutil.copytree(crashed, home)
+            shutil.copytree(crashed, home, ignore=shutil.ignore_patterns(".tmp-*"))
             await stop(learner)
             learner = await started(tiny_llama, home, replay_seconds)
             await learner.recover("run")
