@@ -110,6 +110,7 @@ class Learner(Observed):
         self.logs: dict[str, RunLog] = {}
         self.recovering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.mending: dict[str, asyncio.Task[None]] = {}  # runs whose log their disk has failed
+        self.failing: dict[str, RunLog] = {}  # those logs
         self.batches: dict[int, RunLog] = {}  # under way, by the engine's number
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -356,6 +357,7 @@ class Learner(Observed):
 
     async def close_run(self, run_id: str) -> None:
         """Free a run's memory and delete its log. Operations still waiting fail."""
+        self.failing.pop(run_id, None)
         mending = self.mending.pop(run_id, None)
         if mending is not None:
             mending.cancel()
@@ -393,6 +395,7 @@ class Learner(Observed):
     def _mend_soon(self, log: RunLog) -> None:
         if self.logs.get(log.run_id) is log and not self.recovering[log.run_id].locked():
             self.mending[log.run_id] = asyncio.create_task(self._mend(log))
+            self.failing[log.run_id] = log
 
     async def _mend(self, log: RunLog) -> None:
         """Open a run again when the disk that failed its log takes it again: what was on disk goes
@@ -425,6 +428,8 @@ class Learner(Observed):
         finally:
             if self.mending.get(log.run_id) is asyncio.current_task():
                 del self.mending[log.run_id]
+            if self.failing.get(log.run_id) is log:
+                del self.failing[log.run_id]
 
     async def settle(self) -> None:
         """Wait until what is being saved is saved."""
@@ -448,9 +453,11 @@ class Learner(Observed):
                 are missing were refused, and are passed over.
             trace: the `traceparent` of who sent it.
         """
-        log = self._log(run_id)
-        future = log.results.get(seq_id)
+        known = self.logs.get(run_id) or self.failing.get(run_id)
+        # What came before the disk failed is no longer refused: it is on disk, or was refused then.
+        future = None if known is None else known.results.get(seq_id)
         if future is None:
+            log = self._log(run_id)
             if seq_id < log.next_seq_id:
                 raise InvalidInput(
                     f"operation {seq_id} of run {run_id} was applied before; "
