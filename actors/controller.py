@@ -622,8 +622,8 @@ class Controller(Observed):
             except BaseException:
                 await asyncio.to_thread(self.storage.delete, staged)
                 raise
-            self.registry.add_checkpoint(checkpoint)
             self.registry.touch_run(checkpoint.run_id)
+            self.registry.add_checkpoint(checkpoint)  # if this fails, nothing has the name
 
     def _check_free(self, path: str) -> None:
         with contextlib.suppress(NotFound):

@@ -110,6 +110,7 @@ class Learner(Observed):
         self.logs: dict[str, RunLog] = {}
         self.recovering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.mending: dict[str, asyncio.Task[None]] = {}  # runs whose log their disk has failed
+        self.failing: dict[str, RunLog] = {}  # their logs
         self.taken: dict[str, asyncio.Task[None]] = {}  # runs that another learner has
         self.batches: dict[int, RunLog] = {}  # under way, by the engine's number
         self.sampler: Handle | None = None
@@ -359,6 +360,7 @@ class Learner(Observed):
 
     async def close_run(self, run_id: str) -> None:
         """Free a run's memory and delete its log. Operations still waiting fail."""
+        self.failing.pop(run_id, None)
         mending = self.mending.pop(run_id, None)
         if mending is not None:
             mending.cancel()
@@ -400,6 +402,7 @@ class Learner(Observed):
             self.taken[log.run_id] = asyncio.create_task(self._let_go(log))
         else:
             self.mending[log.run_id] = asyncio.create_task(self._mend(log))
+            self.failing[log.run_id] = log
 
     async def _let_go(self, log: RunLog) -> None:
         logger.warning("run %s: %s", log.run_id, log.journal.log.failure)
@@ -438,6 +441,8 @@ class Learner(Observed):
         finally:
             if self.mending.get(log.run_id) is asyncio.current_task():
                 del self.mending[log.run_id]
+            if self.failing.get(log.run_id) is log:
+                del self.failing[log.run_id]
 
     async def settle(self) -> None:
         """Wait until what is being saved is saved."""
@@ -464,10 +469,13 @@ class Learner(Observed):
                 no longer.
             trace: the `traceparent` of who sent it.
         """
-        log = self._log(run_id)
-        log.forget_results(min(delivered, seq_id))
-        future = log.results.get(seq_id)
+        known, future = self.logs.get(run_id) or self.failing.get(run_id), None
+        if known is not None:
+            known.forget_results(min(delivered, seq_id))
+            # What came before the disk failed is no longer refused: it is on disk, or was refused then.
+            future = known.results.get(seq_id)
         if future is None:
+            log = self._log(run_id)
             if seq_id < log.next_seq_id:
                 raise InvalidInput(
                     f"operation {seq_id} of run {run_id} was applied before; "

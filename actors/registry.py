@@ -12,6 +12,7 @@ from typing import Any
 
 from ..primitives.errors import NotFound
 from ..primitives.types import Checkpoint, Crash, Interrupted, LoraConfig, TrainingRun
+from .database import Database
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -34,10 +35,7 @@ ADDED = {"expires": "REAL", "public": "INTEGER NOT NULL DEFAULT 0"}
 class Registry:
     def __init__(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        # Autocommit: every statement is durable when it returns.
-        self.db = sqlite3.connect(path, isolation_level=None, timeout=30)
-        self.db.row_factory = sqlite3.Row
-        self.db.execute("PRAGMA journal_mode=WAL")
+        self.db = Database(path)
         self.db.execute("PRAGMA foreign_keys=ON")
         self.db.executescript(SCHEMA)
         self._add_columns()

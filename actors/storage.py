@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 
-from ..primitives.errors import NotFound
+from ..primitives.errors import NotFound, StorageFailure
 from ..primitives.paths import CheckpointPath
 
 MANIFEST = "manifest.json"
@@ -36,21 +37,41 @@ class Storage:
 
     def stage(self, folder: str, files: Mapping[str, bytes]) -> str:
         """Write files that will be `folder` once `commit` is called; returns their name until
-        then. What is never committed is only a `.tmp-` folder."""
+        then. What is never committed is only a `.tmp-` folder.
+
+        Raises:
+            StorageFailure: the disk is full, read-only or broken.
+        """
         staged = _temporary(folder)
-        self.fs.makedirs(self._path(staged), exist_ok=True)
-        for file, data in files.items():
-            self.fs.pipe_file(self._path(f"{staged}/{file}"), data)
+        with self._writing(folder, staged):
+            self.fs.makedirs(self._path(staged), exist_ok=True)
+            for file, data in files.items():
+                self.fs.pipe_file(self._path(f"{staged}/{file}"), data)
         return staged
+
+    @contextlib.contextmanager
+    def _writing(self, folder: str, staged: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.delete(staged)
+            raise StorageFailure(
+                f"{folder} cannot be written to {self.root}: {error}. Nothing was saved; try again "
+                "when there is room"
+            ) from error
 
     def stage_copy(self, path: str, folder: str) -> tuple[str, int]:
         """`stage` with the files of the checkpoint `path`; also returns their size in bytes."""
         source, files = CheckpointPath.parse(path).folder, self.files(path)
         staged = _temporary(folder)
-        self.fs.makedirs(self._path(staged), exist_ok=True)
         try:
-            for file in files:
-                self.fs.cp_file(self._path(f"{source}/{file}"), self._path(f"{staged}/{file}"))
+            with self._writing(folder, staged):
+                self.fs.makedirs(self._path(staged), exist_ok=True)
+                for file in files:
+                    self.fs.cp_file(self._path(f"{source}/{file}"), self._path(f"{staged}/{file}"))
         except FileNotFoundError:
             self.delete(staged)
             raise _no_checkpoint(path) from None

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import Unavailable
-from .op import Handle, forward_result
+from .errors import StorageFailure, TinsmithError, Unavailable
+from .op import Handle, completed, forward_result
 from .sync import later
 from .window import Window
 
@@ -113,14 +113,15 @@ class LearnerLink:
     def _ask(self, dead: Handle) -> Future[RunGrant]:
         """The grant of the learner in the place of one; all who wait share the question."""
         with self._lock:
-            if self._asking is None and self.grant.learner == dead:
-                self._asking = self._controller.call("reopen_run", self.grant.run_id)
-                self._asking.add_done_callback(self._answered)
-            if self._asking is not None:
-                return self._asking
-            answer: Future[RunGrant] = Future()
-            answer.set_result(self.grant)
-            return answer
+            asking = self._asking
+            first = asking is None and self.grant.learner == dead
+            if first:
+                asking = self._asking = self._controller.call("reopen_run", self.grant.run_id)
+        if asking is None:
+            return completed(self.grant)
+        if first:
+            asking.add_done_callback(self._answered)  # at once, where the service is closed
+        return asking
 
     def _answered(self, answer: Future[RunGrant]) -> None:
         with self._lock:
@@ -137,15 +138,16 @@ class LearnerLink:
                 sent.target.set_exception(error)  # the operation's own: the learner lives
             else:
                 self._send(sent)
-        elif not isinstance(refused, Unavailable):
+        elif not isinstance(refused, Unavailable | StorageFailure):
             # A run that was closed meanwhile, or that cannot be recovered.
             refused.__cause__ = error
             sent.target.set_exception(error if isinstance(refused, LookupError) else refused)
         else:
+            # Also where the disk is full: the learner that died may have written the operation down.
             self._later(sent, learner, error, refused)
 
     def _later(
-        self, sent: _Sent, learner: Handle, error: Unavailable, refused: Unavailable
+        self, sent: _Sent, learner: Handle, error: Unavailable, refused: TinsmithError
     ) -> None:
         """Try again after a pause, as long as there is time and a controller."""
 
