@@ -5,7 +5,7 @@ STAMP := .venv/.setup-done
 # vLLM's CPU build, with which the tests run its engine too, is there for this platform.
 VLLM := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),.venv/.vllm-done)
 
-.PHONY: setup test lint format demo bench chaos clean
+.PHONY: setup test lint format demo bench chaos soak clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ bench: setup $(VLLM)
 chaos: setup
 	$(PY) -m tests.tiny build/tiny-model
 	$(PY) -m tinsmith.chaos --model build/tiny-model --report docs/chaos-report.md $(ARGS)
+
+soak: setup
+	$(PY) -m tests.tiny build/tiny-model
+	$(PY) -m tinsmith.chaos.soak build/tiny-model $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
