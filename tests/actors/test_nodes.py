@@ -1,4 +1,4 @@
-"""Clusters of several nodes, of which some are lost, cut off, or begin anew."""
+"""Clusters of several nodes, of which some are lost or cut off."""
 
 from __future__ import annotations
 
@@ -80,10 +80,12 @@ async def main(home):
         waiting = submit(5)
         await waiting[0]
         lose(first)
-        try:
-            await service.create_lora_training_client("tiny-llama", rank=2)
-        except tinsmith.Unavailable as error:
-            told["refused"] = str(error)
+        told["refused"] = ""
+        while "what was reserved" not in told["refused"]:  # at first it says that the learner died
+            try:
+                await service.create_lora_training_client("tiny-llama", rank=2)
+            except tinsmith.Unavailable as error:
+                told["refused"] = str(error)
         told["waited"] = not waiting[-1].done()
         second = cluster.add_node(num_cpus=2)
         async with asyncio.timeout(120):
@@ -133,94 +135,3 @@ def test_a_node_lost_and_a_node_cut_off_cost_a_run_nothing_but_time(tiny_home):
     assert (told["left"], told["version"]) == (0, 8)
     assert told["logprobs"] == what_the_engine_gives(str(tiny_home / "models" / "tiny-llama"))
     assert told["settled"]
-
-
-BEGIN = """
-import asyncio, sys
-import tinsmith
-from tests.actors.test_nodes import operations
-
-async def main(home, address):
-    placement = tinsmith.Placement(learner_cpus=1)
-    async with tinsmith.connect(
-        address, home=home, learner_threads=1, placement=placement
-    ) as service:
-        training = await service.create_lora_training_client("tiny-llama", rank=4, seed=1)
-        ops = [getattr(training, kind)(*args) for kind, args in operations()[:13]]
-        for op in ops[:12]:
-            await op
-        print(training.run_id, flush=True)
-        await ops[12]  # the head is lost meanwhile, or soon
-        while True:
-            await training.get_info()
-
-asyncio.run(main(*sys.argv[1:]))
-"""
-
-GO_ON = """
-import asyncio, json, sys
-import tinsmith
-from tests.actors.test_nodes import operations
-from tests.actors.test_training import same_weights_logprobs
-
-async def main(home, address, run_id):
-    refused = ""
-    placement = tinsmith.Placement(learner_cpus=1)
-    async with tinsmith.connect(
-        address, home=home, learner_threads=1, placement=placement
-    ) as service:
-        async with asyncio.timeout(200):
-            while True:
-                try:
-                    training = await service.resume_training_client(run_id)
-                    break
-                except tinsmith.Unavailable as error:  # a learner of the old cluster still lives
-                    refused = str(error)
-        version = (await training.get_info()).version
-        for kind, args in operations()[13:]:
-            getattr(training, kind)(*args)
-        logprobs = await same_weights_logprobs(training)
-        print(json.dumps([version, refused, [row.tolist() for row in logprobs]]))
-
-asyncio.run(main(*sys.argv[1:]))
-"""
-
-HEADS = """
-import json, subprocess, sys
-from tests.actors.nodes import family, lose, new_cluster
-from tests.actors.script import children_settled
-from tests.actors.test_nodes import BEGIN, GO_ON
-
-def run(script, *args):
-    command = [sys.executable, "-c", script, home, *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-home = sys.argv[1]
-old = new_cluster()
-node = old.add_node(num_cpus=2)
-first = run(BEGIN, old.address)
-run_id = first.stdout.readline().strip()
-lose(old.head_node)
-there = len(family(node))
-new = new_cluster()
-new.add_node(num_cpus=2)
-second = run(GO_ON, new.address, run_id)
-told = second.communicate()[0].splitlines()[-1]
-assert second.returncode == 0
-first.kill()
-print(json.dumps([there, len([p for p in family(node) if p.status() != "zombie"]), json.loads(told)]))
-new.shutdown()
-old.shutdown()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(500)
-def test_after_its_head_is_lost_a_service_with_the_same_home_goes_on_in_a_new_cluster(tiny_home):
-    out = run_script(HEADS, tiny_home, seconds=480)
-    before, left, (version, refused, logprobs) = json.loads(out.splitlines()[-1])
-    assert before > 1  # the node that the learner was on outlived its head
-    assert left == 0  # and ended, missing it
-    assert version == 4
-    assert refused == "" or "is open in another process" in refused
-    assert logprobs == what_the_engine_gives(str(tiny_home / "models" / "tiny-llama"))
