@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..primitives.types import AdamParams, Datum
+from ..primitives.types import AdamParams, Datum, ModelInput
 
 VOCABULARY = 256  # tokens that every model has
 LOSSES = ("ppo", "cross_entropy", "cispo")
@@ -56,7 +56,7 @@ def _datum(rng: np.random.Generator, loss_fn: str) -> Datum:
     else:
         inputs["logprobs"] = rng.uniform(-8, -4, length).astype(np.float32)
         inputs["advantages"] = rng.normal(size=length).astype(np.float32)
-    return Datum(tokens[:-1], inputs)
+    return Datum(ModelInput(tokens[:-1]), inputs)
 
 
 def sampling_seed(seed: int, tenant: int, number: int) -> int:
