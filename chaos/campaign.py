@@ -105,7 +105,7 @@ class Campaign:
                 count = len(undisturbed.ledger.results)
                 schedule = draw(self.seed, self.faults, count // 20, count * 4 // 5, kinds)
                 ledger = Ledger(undisturbed.ledger.results)
-                faults = Faults(proxy, disk, lambda: len(ledger.results) == count)
+                faults = Faults(proxy, disk)
                 injector = Injector(schedule, faults, ledger, self._brought)
                 disturbed = await self._live(ledger, injector)
                 await faults.over()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
 from collections.abc import Awaitable, Callable
 
 import psutil
@@ -15,22 +14,16 @@ from .disk import Disk
 from .proxy import Proxy
 from .schedule import Fault
 
-THERE_SECONDS = 120.0  # in which a process has to be there (again)
-
 
 class NotThere(Exception):
-    """No process of that name is there, nor will one be."""
+    """No process of that name is there just now: it has ended, or not come back yet."""
 
 
 class Faults:
-    """Does them, each with the method of its action.
+    """Does them, each with the method of its action."""
 
-    Args:
-        at_end: whether the tenants have done all that they had to.
-    """
-
-    def __init__(self, proxy: Proxy, disk: Disk, at_end: Callable[[], bool]) -> None:
-        self.proxy, self.disk, self.at_end = proxy, disk, at_end
+    def __init__(self, proxy: Proxy, disk: Disk) -> None:
+        self.proxy, self.disk = proxy, disk
         self._lasting: set[asyncio.Task[None]] = set()
         self._full = 0
         self._still: dict[int, int] = {}  # stopped processes, and by how many faults
@@ -60,14 +53,9 @@ class Faults:
         task.add_done_callback(self._lasting.discard)
 
     async def _chosen(self, fault: Fault) -> psutil.Process:
-        """Environments come and go, all others come back."""
-        ending = time.monotonic() + THERE_SECONDS
-        while not (found := await asyncio.to_thread(processes.find, fault.target)):
-            if fault.target == "environment" and self.at_end():
-                raise NotThere
-            if fault.target != "environment" and time.monotonic() > ending:
-                raise TimeoutError(f"there is no {fault.target} for {fault}")
-            await asyncio.sleep(0.1)
+        found = await asyncio.to_thread(processes.find, fault.target)
+        if not found:
+            raise NotThere
         return found[int(fault.pick * len(found))]
 
     # ---- processes ----

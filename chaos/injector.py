@@ -64,14 +64,22 @@ class Injector:
             before = len(self.ledger.results)
             if fault.action == "kill":
                 self._killed[fault.target] = before
-            await self._let_go()
+            if await self._do(fault):
+                self.done.append(Done(fault, time.monotonic()))
+                self.say(self.done[-1])
+        await self._let_go()
+
+    async def _do(self, fault: Fault) -> bool:
+        """Whether there was something to do it to, before the tenants came to their end."""
+        while True:
             try:
                 await self.faults.do(fault)
+                return True
             except NotThere:
-                continue
-            self.done.append(Done(fault, time.monotonic()))
-            self.say(self.done[-1])
-        await self._let_go()
+                if len(self.ledger.results) >= self.total:
+                    return False
+                await self._let_go()  # what they need next is started
+                await asyncio.sleep(0.1)
 
     async def _let_go(self) -> None:
         async with self._brought:

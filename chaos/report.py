@@ -40,7 +40,7 @@ def report(campaign: Campaign, outcome: Outcome, command: str) -> str:
         "| fault | of | number | s until the next acknowledgement: median | longest |",
         "|---|---|---:|---:|---:|",
     ]
-    kinds = defaultdict(list)
+    kinds: defaultdict[tuple[str, str], list[float | None]] = defaultdict(list)
     for done in outcome.faults:
         kinds[done.fault.action, done.fault.target].append(done.waited)
     for (action, target), all_waits in sorted(kinds.items()):
