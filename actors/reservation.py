@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..primitives.errors import OutOfCapacity
 from .placement import Placement, Seat, amounts
+
+_OURS = "tinsmith"
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Reservation:
         """
         if not bundles:
             return cls()
-        group = placement_group(bundles, placement.strategy)
+        name = f"{_OURS} {uuid.uuid4().hex}: {what}"
+        group = placement_group(bundles, placement.strategy, name=name)
         if not await asyncio.to_thread(group.wait, placement.wait_s):
             remove_placement_group(group)
             needed: Counter[str] = Counter()
@@ -60,6 +70,13 @@ class Reservation:
         """Its actors, if there are any left, end."""
         if self.group is not None:
             remove_placement_group(self.group)
+
+
+def release_left_over() -> None:
+    """Reservations of a controller that died, whose actors ended with it."""
+    for group in placement_group_table().values():
+        if group["name"].startswith(f"{_OURS} ") and group["state"] != "REMOVED":
+            remove_placement_group(get_placement_group(group["name"]))
 
 
 def has_room(seat: Seat) -> bool:
