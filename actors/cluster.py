@@ -183,6 +183,9 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
             lifetime=None if local else "detached",
             num_cpus=0,
             resources=ON_THE_HEAD,
+            # One that dies comes back under the same handle; calls to it wait, and are made again.
+            max_restarts=-1,
+            max_task_retries=-1,
             runtime_env={"env_vars": told} if told else None,  # and of all that it starts
         )
         .remote(home, **options["actor"])

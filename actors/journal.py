@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..primitives.errors import CorruptLog, StorageFailure, Unavailable
 from . import records, snapshots
+from .published import PublishedWeights
 from .records import Record
 from .snapshots import About
 from .wal import Log, SyncThread
@@ -60,6 +61,7 @@ class Journal:
         self._longest = 0.0  # of one operation
         self._earlier = 0  # from where on the last snapshot needs the log
         self.log = Log(folder, thread, service=service, empty=empty)
+        self.published = PublishedWeights(folder / "published")
         self._results: OrderedDict[int, Record] = OrderedDict()
         self._result_bytes = 0
         self._behind: list[Record] = []  # what could not be written yet, and goes before the next

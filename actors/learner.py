@@ -18,13 +18,14 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from prometheus_client.metrics_core import Metric
@@ -304,14 +305,9 @@ class Learner(Observed):
                 await self._in_engine(self.engine.create_run, run_id, about.lora, about.share)
                 params = state.pop("params")
                 await self._in_engine(self.engine.load, run_id, params, state, about.version)
-                if log.published or any(record.kind == "publish" for _, record in written):
-                    sampler = await self._sampler()
-                    log.republish = await Op(sampler.call("latest_version", run_id)) is None
                 self.logs[run_id] = log
                 await self._replay(log)
-                if log.published and log.republish:
-                    log.republish = False
-                    await (await self._in_engine(self._publication, log, False))
+                await self.publish_again(run_id)
                 if log.journal.log.failure is not None:
                     raise log.journal.log.failure
                 if crashed:
@@ -487,6 +483,18 @@ class Learner(Observed):
             self.watch.accepted(run_id, seq_id, kind, args, future, trace)
         return await asyncio.shield(future)
 
+    async def outcome(self, run_id: str, seq_id: int) -> tuple[str, Any]:
+        """The kind and the result of an operation that came before.
+
+        Raises:
+            NotFound: it did not, or its result is not kept any more.
+        """
+        log = self._log(run_id)
+        result = log.results.get(seq_id)
+        if result is None:
+            raise NotFound(f"the log of run {run_id} has no result of operation {seq_id}")
+        return log.kinds[seq_id], await asyncio.shield(result)
+
     async def withdraw(self, run_id: str, seq_id: int) -> bool:
         """Take an operation that has not started out of the log; its number stays used."""
         log = self._log(run_id)
@@ -660,9 +668,9 @@ class Learner(Observed):
         """Make the weights the run's newest. `keep` holds this version for clients pinned to it
         when newer ones come; `every_step` publishes after every later step too."""
         log.publish_steps, log.published = log.publish_steps or every_step, True
-        if log.given_before and not log.republish:
+        if log.given_before:
             return None
-        return self._publication(log, keep)
+        return self._publication(log, keep, None if every_step else log.next_seq_id - 1)
 
     def _op_snapshot(self, log: RunLog, seconds: float, **about: Any) -> Coroutine[Any, Any, None]:
         state, version, share = self._whole_state(log.run_id)
@@ -721,6 +729,56 @@ class Learner(Observed):
         assert self.sampler is not None
         return self.sampler
 
+    async def _hand_out(self, work: Callable[[Handle], Coroutine[Any, Any, None]]) -> None:
+        """`work` with the samplers; if they die under it, with those that take their place.
+
+        Raises:
+            Unavailable: they cannot be started, or live and have failed.
+        """
+        while True:
+            sampler = await self._sampler()
+            try:
+                return await work(sampler)
+            except Unavailable:
+                self.sampler = None
+                if await self._sampler() == sampler:
+                    raise
+
+    async def publish_again(self, run_id: str, sampler: Handle | None = None) -> None:
+        """Give the samplers (`sampler`, if others took their place) what the run has published, if
+        they were started anew."""
+        log, self.sampler = self._log(run_id), sampler or self.sampler
+
+        async def refill(sampler: Handle) -> None:
+            if await self._refill(log, sampler) and log.publish_steps:
+                newest = await self._in_engine(self._weights, run_id)
+                await asyncio.wrap_future(log.journal.on_disk())
+                await Op(sampler.call("add_adapter", run_id, *newest, False))
+
+        if log.published:
+            async with log.publishing:
+                await self._hand_out(refill)
+
+    async def _refill(self, log: RunLog, sampler: Handle) -> bool:
+        """Samplers that hold nothing of a run get the weights that it published by operations of
+        their own, before they get anything newer. Whether they held nothing."""
+        if log.holder == sampler:
+            return False
+        empty = await Op(sampler.call("latest_version", log.run_id)) is None
+        if empty:
+            config = self.engine.runs[log.run_id].config
+            saved = log.journal.published.read()
+            while (weights := await asyncio.to_thread(next, saved, None)) is not None:
+                version, flat, keep = weights
+                await Op(sampler.call("add_adapter", log.run_id, version, config, flat, keep))
+        log.holder = sampler
+        return empty
+
+    def _weights(self, run_id: str) -> tuple[int, LoraConfig, np.ndarray]:
+        """Version, configuration and parameters, as they are now."""
+        run = self.engine.runs[run_id]
+        return run.version, run.config, self.engine.export(run_id).numpy()
+
     def _with_publication(self, log: RunLog, response: Any) -> Any:
         """`response`, once the weights that came with it are published, if they are to be."""
         if not log.publish_steps or log.given_before:
@@ -736,22 +794,32 @@ class Learner(Observed):
 
         return publish()
 
-    def _publication(self, log: RunLog, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
-        run_id, run = log.run_id, self.engine.runs[log.run_id]
-        flat, version, config = self.engine.export(run_id).numpy(), run.version, run.config
+    def _publication(
+        self, log: RunLog, keep: bool, saved_as: int | None = None
+    ) -> Coroutine[Any, Any, PublishResponse]:
+        """`saved_as`: also write the weights beside the log, under that operation's number."""
+        run_id = log.run_id
+        version, config, flat = self._weights(run_id)
+
+        async def add(sampler: Handle) -> None:
+            await self._refill(log, sampler)
+            await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
 
         async def send() -> PublishResponse:
             started = time.perf_counter()
             # A run's versions reach the sampler in order: the last to arrive is what is live.
             await asyncio.wrap_future(log.journal.on_disk())
             async with log.publishing:
-                sampler = await self._sampler()
                 log.journal.log.claim.check()
-                try:
-                    await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
-                except Unavailable:
-                    self.sampler = None  # the next publication goes to its successor
-                    raise
+                if saved_as is not None:
+                    await asyncio.gather(
+                        asyncio.to_thread(
+                            log.journal.published.save, saved_as, version, flat, keep
+                        ),
+                        self._hand_out(add),
+                    )
+                else:
+                    await self._hand_out(add)
             return PublishResponse(version, time.perf_counter() - started)
 
         return send()

@@ -17,7 +17,8 @@ from .database import Database
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run_id TEXT PRIMARY KEY, base_model TEXT NOT NULL, lora TEXT NOT NULL,
-    user_metadata TEXT NOT NULL, created REAL NOT NULL, last_request REAL NOT NULL);
+    user_metadata TEXT NOT NULL, created REAL NOT NULL, last_request REAL NOT NULL,
+    creation TEXT);
 CREATE TABLE IF NOT EXISTS checkpoints (
     path TEXT PRIMARY KEY, run_id TEXT NOT NULL REFERENCES runs(run_id) ON DELETE CASCADE,
     kind TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, created REAL NOT NULL,
@@ -29,7 +30,11 @@ CREATE TABLE IF NOT EXISTS crashes (
 """
 CRASHES_KEPT = 1000
 # What came after the first version; added to the files that it wrote.
-ADDED = {"expires": "REAL", "public": "INTEGER NOT NULL DEFAULT 0"}
+ADDED = {
+    ("checkpoints", "expires"): "REAL",
+    ("checkpoints", "public"): "INTEGER NOT NULL DEFAULT 0",
+    ("runs", "creation"): "TEXT",
+}
 
 
 class Registry:
@@ -45,17 +50,22 @@ class Registry:
             self.db.execute(
                 "BEGIN IMMEDIATE"
             )  # and look again: another process may have added them
-            for name in self._missing_columns():
-                self.db.execute(f"ALTER TABLE checkpoints ADD COLUMN {name} {ADDED[name]}")
+            for table, name in self._missing_columns():
+                self.db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {ADDED[table, name]}")
             self.db.execute("COMMIT")
 
-    def _missing_columns(self) -> list[str]:
-        there = {row["name"] for row in self.db.execute("PRAGMA table_info(checkpoints)")}
-        return [name for name in ADDED if name not in there]
+    def _missing_columns(self) -> list[tuple[str, str]]:
+        there = {
+            (table, row["name"])
+            for table in ("runs", "checkpoints")
+            for row in self.db.execute(f"PRAGMA table_info({table})")
+        }
+        return [column for column in ADDED if column not in there]
 
-    def add_run(self, run: TrainingRun) -> None:
+    def add_run(self, run: TrainingRun, creation: str | None = None) -> None:
+        """`creation` names the call that made it."""
         self.db.execute(
-            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 run.run_id,
                 run.base_model,
@@ -63,6 +73,7 @@ class Registry:
                 json.dumps(run.user_metadata),
                 run.created,
                 run.last_request,
+                creation,
             ),
         )
 
@@ -79,6 +90,11 @@ class Registry:
         return (
             self.db.execute("SELECT 1 FROM runs WHERE run_id=?", (run_id,)).fetchone() is not None
         )
+
+    def made_by(self, run_id: str, creation: str) -> bool:
+        """Whether there is that run, made by that call."""
+        found = self.db.execute("SELECT creation FROM runs WHERE run_id=?", (run_id,)).fetchone()
+        return found is not None and found["creation"] == creation
 
     def runs(self) -> list[TrainingRun]:
         return [_run(r) for r in self.db.execute("SELECT * FROM runs ORDER BY created DESC")]
@@ -152,6 +168,7 @@ class Registry:
 
 def _run(row: sqlite3.Row) -> TrainingRun:
     fields = dict(row)
+    del fields["creation"]
     fields["lora"] = LoraConfig(**json.loads(fields["lora"]))
     fields["user_metadata"] = json.loads(fields["user_metadata"])
     return TrainingRun(**fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
+    get_placement_group,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -21,6 +23,7 @@ from ..primitives.errors import OutOfCapacity, Unavailable
 from .placement import Placement, Seat, amounts
 
 POLL_SECONDS = 0.2
+_OURS = "tinsmith"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Reservation:
         """
         if not bundles:
             return cls(what, bundles, placement)
-        group = placement_group(bundles, placement.strategy)
+        name = f"{_OURS} {uuid.uuid4().hex}: {what}"
+        group = placement_group(bundles, placement.strategy, name=name)
         reservation = cls(what, bundles, placement, group)
         if not await asyncio.to_thread(group.wait, placement.wait_s):
             reservation.release()
@@ -102,6 +106,13 @@ class Reservation:
         """Its actors, if there are any left, end."""
         if self.group is not None:
             remove_placement_group(self.group)
+
+
+def release_left_over() -> None:
+    """Reservations of a controller that died, whose actors ended with it."""
+    for group in placement_group_table().values():
+        if group["name"].startswith(f"{_OURS} ") and group["state"] != "REMOVED":
+            remove_placement_group(get_placement_group(group["name"]))
 
 
 def has_room(seat: Seat) -> bool:

@@ -19,6 +19,7 @@ from ..primitives.errors import (
     StorageFailure,
     Unavailable,
 )
+from ..primitives.op import Handle
 from . import records
 from .journal import Journal
 from .records import Record
@@ -62,7 +63,8 @@ class RunLog:
         suspect_until: operations up to this number are done alone: learners have died of one of them,
             or of what another run did at the time.
         given_before: the operation being applied had its result from a learner before this one.
-        republish: the samplers have nothing of it: they are to get again what they had.
+        results, kinds: of the last operations, by number.
+        holder: the samplers that hold what it has published.
         unanswered: operations that have come, without a result given, by number.
         snapshot: the one under way.
         demanded: a snapshot that is to be taken whatever it costs.
@@ -82,7 +84,7 @@ class RunLog:
     published: bool = False
     replayed: int = 0
     suspect_until: int = 0
-    republish: bool = False
+    holder: Handle | None = None
     given_before: bool = False
     closed: bool = False
     failed: bool = False
@@ -95,6 +97,7 @@ class RunLog:
     under_way: Entry | None = None
     unanswered: dict[int, Entry] = field(default_factory=dict)
     results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
+    kinds: dict[int, str] = field(default_factory=dict)
     snapshot: asyncio.Future[Any] | None = None
     demanded: asyncio.Future[Any] | None = None
     reached: tuple[int, asyncio.Future[Any]] | None = None
@@ -142,9 +145,10 @@ class RunLog:
         future = unhandled_is_fine(asyncio.get_running_loop().create_future())
         entry = Entry(kind, args, future, seq_id=seq_id, position=position)
         self.waiting[seq_id] = self.unanswered[seq_id] = entry
-        self.results[seq_id] = future
+        self.results[seq_id], self.kinds[seq_id] = future, kind
         while len(self.results) > RESULTS_KEPT and next(iter(self.results.values())).done():
-            self.results.popitem(last=False)
+            oldest, _ = self.results.popitem(last=False)
+            del self.kinds[oldest]
         self.wake()
         return entry
 
@@ -276,7 +280,7 @@ class RunLog:
         """A result that may be asked for again."""
         future = unhandled_is_fine(asyncio.get_running_loop().create_future())
         finish(future, *record.outcome())
-        self.results[record.seq_id] = future
+        self.results[record.seq_id], self.kinds[record.seq_id] = future, record.kind
         self.journal.keep(record)
         return future
 

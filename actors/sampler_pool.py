@@ -22,9 +22,15 @@ from prometheus_client.metrics_core import Metric
 
 from ..engines.adapter_store import AdapterKey, AdapterStore
 from ..engines.vllm_start import VllmOptions
-from ..primitives.errors import Busy, Unavailable
+from ..primitives.errors import Busy, NotFound, Unavailable
 from ..primitives.op import Op
-from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
+from ..primitives.types import (
+    LoraConfig,
+    PolicyRef,
+    SampledToken,
+    SampleRequest,
+    SampleResponse,
+)
 from .deaths import Deaths, Report
 from .gathering import gather
 from .handle import MAX_WAITING_CALLS, RayHandle
@@ -288,6 +294,13 @@ class SamplerPool(Withdrawable, Observed):
 
     async def latest_version(self, run_id: str) -> int | None:
         return self.adapters.newest(run_id)
+
+    async def holds(self, policy: PolicyRef) -> bool:
+        try:
+            self.adapters.resolve(policy)
+        except NotFound:
+            return False
+        return True
 
     def _sweep(self) -> None:
         self.adapters.sweep(+self._using)
