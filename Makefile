@@ -5,7 +5,7 @@ STAMP := .venv/.setup-done
 # vLLM's CPU build, with which the tests run its engine too, is there for this platform.
 VLLM := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),.venv/.vllm-done)
 
-.PHONY: setup test lint format demo bench clean
+.PHONY: setup test lint format demo bench chaos soak clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(PY) -m tests.typecheck
+	$(PY) -m tests.audit
 
 format: setup
 	.venv/bin/ruff check --fix .
@@ -38,6 +39,14 @@ demo: setup
 
 bench: setup $(VLLM)
 	$(PY) benchmarks/run_all.py $(ARGS)
+
+chaos: setup
+	$(PY) -m tests.tiny build/tiny-model
+	$(PY) -m tinsmith.chaos --model build/tiny-model --report docs/chaos-report.md $(ARGS)
+
+soak: setup
+	$(PY) -m tests.tiny build/tiny-model
+	$(PY) -m tinsmith.chaos.soak build/tiny-model $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -22,9 +22,15 @@ from prometheus_client.metrics_core import Metric
 
 from ..engines.adapter_store import AdapterKey, AdapterStore
 from ..engines.vllm_start import VllmOptions
-from ..primitives.errors import Unavailable
+from ..primitives.errors import Busy, NotFound, Unavailable
 from ..primitives.op import Op
-from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
+from ..primitives.types import (
+    LoraConfig,
+    PolicyRef,
+    SampledToken,
+    SampleRequest,
+    SampleResponse,
+)
 from .deaths import Deaths, Report
 from .gathering import gather
 from .handle import MAX_WAITING_CALLS, RayHandle
@@ -143,6 +149,8 @@ class SamplerPool(Withdrawable, Observed):
             logger.warning("a sampler of %s did not start: %s", self.name, task.exception())
 
     async def _started(self, seat: Seat) -> None:
+        if seat.bundle is not None:
+            await self.reservation.there()
         args = dict(self.sampler_args)
         if args["vllm"] is not None and 0 < seat.gpus < 1:
             args["vllm"] = _on_a_part(args["vllm"], seat.gpus)
@@ -287,6 +295,13 @@ class SamplerPool(Withdrawable, Observed):
     async def latest_version(self, run_id: str) -> int | None:
         return self.adapters.newest(run_id)
 
+    async def holds(self, policy: PolicyRef) -> bool:
+        try:
+            self.adapters.resolve(policy)
+        except NotFound:
+            return False
+        return True
+
     def _sweep(self) -> None:
         self.adapters.sweep(+self._using)
 
@@ -340,8 +355,14 @@ class SamplerPool(Withdrawable, Observed):
         """The version that a request begins with is not forgotten while it is under way.
 
         Raises:
+            Busy: as many requests as may be are under way.
             NotFound: the policy is not held.
         """
+        if self._using.total() >= self.limits.max_requests:
+            raise Busy(
+                f"the samplers of {self.name} have {self._using.total()} requests under way: try "
+                "again in a moment"
+            )
         key = self.adapters.resolve(request.policy)
         self._using[key] += 1
         try:

@@ -18,6 +18,8 @@ class Replicas:
         target_ongoing_requests: samples under way or waiting, to a sampler.
         upscale_delay_s: how long there must be more than that before another one is started.
         downscale_delay_s: how long fewer would do before one is ended, once it is idle.
+        max_requests: under way or waiting, over all samplers. Further ones are told to come again
+            (`Busy`), as a `SamplingClient` does by itself.
     """
 
     min_replicas: int = 1
@@ -25,6 +27,7 @@ class Replicas:
     target_ongoing_requests: int = 64
     upscale_delay_s: float = 5.0
     downscale_delay_s: float = 60.0
+    max_requests: int = 16_384
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_replicas <= self.max_replicas:
@@ -32,10 +35,9 @@ class Replicas:
                 "replicas must be 1 <= min_replicas <= max_replicas, got "
                 f"{self.min_replicas} and {self.max_replicas}"
             )
-        if self.target_ongoing_requests < 1:
-            raise InvalidInput(
-                f"target_ongoing_requests must be at least 1, got {self.target_ongoing_requests}"
-            )
+        for name in ("target_ongoing_requests", "max_requests"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("upscale_delay_s", "downscale_delay_s"):
             if getattr(self, name) < 0:
                 raise InvalidInput(f"{name} must not be negative, got {getattr(self, name)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import uuid
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..primitives.types import LoraConfig
 from . import durable
 from .records import Record
 
-_STATE, _ABOUT, _TEMPORARY = "state.safetensors", "about.msgpack", ".tmp-snapshot"
+_STATE, _ABOUT, _TEMPORARY = "state.safetensors", "about.msgpack", ".tmp-snapshot-"
 _NAME = re.compile(r"snapshot-\d{20}")
 
 
@@ -63,11 +64,12 @@ def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
     kept = {name: tensor for name, tensor in state.items() if name == "step" or tensor.any()}
     data = safetensors.torch.save(kept)
     about = replace(about, checksum=zlib.crc32(data))
-    staged = folder / _TEMPORARY
+    staged = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
     earlier = there(folder)
     number = 1 + (_number(earlier[-1]) if earlier else 0)
     try:
-        shutil.rmtree(staged, ignore_errors=True)
+        for left in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
         staged.mkdir(parents=True)
         for name, content in ((_STATE, data), (_ABOUT, codec.encode(about))):
             with open(staged / name, "wb") as file:

@@ -40,48 +40,51 @@ class Storage:
 
     def stage(self, folder: str, files: Mapping[str, bytes]) -> str:
         """Write files that will be `folder` once `commit` is called; returns their name until
-        then. What is never committed is only a `.tmp-` folder."""
+        then. What is never committed is only a `.tmp-` folder.
+
+        Raises:
+            StorageFailure: the disk is full, read-only or broken.
+        """
         staged = _temporary(folder)
-        with self._writing(staged):
+        with self._writing(folder, staged):
             for file, data in files.items():
                 self.fs.pipe_file(self._path(f"{staged}/{file}"), data)
         return staged
+
+    @contextlib.contextmanager
+    def _writing(self, folder: str, staged: str) -> Iterator[None]:
+        """Into the new folder `staged`, which is on disk afterwards, or not there."""
+        path = self._path(staged)
+        try:
+            if self._local:
+                durable.make_folder(Path(path))
+            else:
+                self.fs.makedirs(path, exist_ok=True)
+            yield
+            if self._local:
+                for each in (*Path(path).iterdir(), Path(path)):
+                    durable.sync(each)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.delete(staged)
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise StorageFailure(
+                f"{folder} cannot be written to {self.root}: {error}. Nothing was saved; try again "
+                "when there is room"
+            ) from error
 
     def stage_copy(self, path: str, folder: str) -> tuple[str, int]:
         """`stage` with the files of the checkpoint `path`; also returns their size in bytes."""
         source, files = CheckpointPath.parse(path).folder, self.files(path)
         staged = _temporary(folder)
         try:
-            with self._writing(staged):
+            with self._writing(folder, staged):
                 for file in files:
                     self.fs.cp_file(self._path(f"{source}/{file}"), self._path(f"{staged}/{file}"))
         except FileNotFoundError:
             raise _no_checkpoint(path) from None
         return staged, sum(files.values())
-
-    @contextlib.contextmanager
-    def _writing(self, staged: str) -> Iterator[None]:
-        """Into a new folder, which is on disk afterwards, or not there.
-
-        Raises:
-            StorageFailure: the disk is full, read-only or broken.
-        """
-        folder = self._path(staged)
-        try:
-            if self._local:
-                durable.make_folder(Path(folder))
-            else:
-                self.fs.makedirs(folder, exist_ok=True)
-            yield
-            if self._local:
-                for path in (*Path(folder).iterdir(), Path(folder)):
-                    durable.sync(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self.delete(staged)
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise StorageFailure(f"{folder} could not be written: {error}") from error
 
     def commit(self, staged: str, folder: str) -> None:
         """Put what was staged in place, instead of what has that name. A reader sees either all

@@ -6,23 +6,27 @@ log of operations; `SamplingClient` is a policy, pinned to a version or live.
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import itertools
 import json
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from . import tracing
-from .errors import InvalidInput, Unavailable
+from .errors import Busy, InvalidInput, Unavailable
 from .learner_link import LearnerLink, RunGrant
 from .metrics_text import metrics_text
 from .op import Handle, Op, chain, completed, forward_result
+from .patience import patiently
+from .resending import Resending
+from .sampler_link import SamplerGrant, SamplerLink
 from .sync import HasSync
 from .types import (
     ROUTED_EXPERTS,
@@ -54,16 +58,6 @@ LogprobsWanted = Literal["all", "loss"]
 CustomLoss = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
 
 
-@dataclass(frozen=True)
-class SamplerGrant:
-    """What the controller hands out for a policy: the way to a sampler that can serve it."""
-
-    base_model: str
-    model_path: str
-    sampler: Handle
-    policy: PolicyRef
-
-
 def load_tokenizer(model_path: str) -> Any:
     """The Hugging Face tokenizer of a resolved model folder."""
     from transformers import AutoTokenizer
@@ -75,10 +69,16 @@ class SamplingClient(HasSync):
     """A policy to sample from: one immutable version, or live (always the newest published).
 
     Picklable once it is ready (`await client.ready()`), so that environment workers can use it.
+    Requests under way survive the death of the sampler: they are sent again to the one that takes its
+    place, and with a seed give the same tokens.
     """
 
     def __init__(self, grant: Future[SamplerGrant]) -> None:
+        self._connect(grant)
+
+    def _connect(self, grant: Future[SamplerGrant]) -> None:
         self._grant = grant
+        self._link = chain(grant, lambda granted: completed(SamplerLink(granted)))
 
     def ready(self) -> Op[SamplingClient]:
         """Wait until the sampler can serve this policy."""
@@ -132,12 +132,11 @@ class SamplingClient(HasSync):
         )
         span = tracing.start("sample", request=request.request_id, samples=num_samples)
 
-        def send(grant: SamplerGrant) -> Future[SampleResponse]:
-            span.set(run=grant.policy.run_id)
-            bound = replace(request, policy=grant.policy, traceparent=span.traceparent)
-            return grant.sampler.call("sample", bound)
+        def send(link: SamplerLink) -> Future[SampleResponse]:
+            span.set(run=link.grant.policy.run_id)
+            return patiently(lambda: link.sample(replace(request, traceparent=span.traceparent)))
 
-        future = chain(self._grant, send)
+        future = chain(self._link, send)
         span.end_with(future)
         return Op(future)
 
@@ -151,26 +150,32 @@ class SamplingClient(HasSync):
     ) -> AsyncGenerator[SampledToken]:
         """Sample, yielding each token as it is drawn, with the K likeliest tokens if
         `topk_sample_logprobs=K`. Leaving the loop withdraws the request. Routed experts are told with
-        whole samples only."""
-        grant = await Op(self._grant)
+        whole samples only.
+
+        Raises:
+            Unavailable: the sampler died when it had given something; as `sample` otherwise.
+        """
+        link = await Op(self._link)
         request_id = _request_id()
-        span = tracing.start("sample", request=request_id, run=grant.policy.run_id)
+        span = tracing.start("sample", request=request_id, run=link.grant.policy.run_id)
         request = SampleRequest(
             token_array(prompt, "prompt"),
             sampling_params or SamplingParams(),
-            grant.policy,
-            num_samples,
+            num_samples=num_samples,
             topk_sample_logprobs=topk_sample_logprobs,
             request_id=request_id,
             traceparent=span.traceparent,
         )
-        stream = grant.sampler.stream("stream", request)
-        try:
-            async for token in stream:
-                yield token
-        finally:
-            span.end()
-            await stream.aclose()  # type: ignore[attr-defined]
+        with span:
+            while True:
+                tokens = link.stream(request)
+                try:
+                    async with aclosing(tokens):  # type: ignore[type-var]
+                        async for token in tokens:
+                            yield token
+                    return
+                except Busy as refused:  # before its first token
+                    await asyncio.sleep(refused.retry_after_s)
 
     def compute_logprobs(
         self, prompt: TokensLike, *, prompt_logprobs_last_n: int | None = None
@@ -203,10 +208,10 @@ class SamplingClient(HasSync):
     def __getstate__(self) -> SamplerGrant:
         if not self._grant.done():
             raise InvalidInput("await client.ready() before sending a SamplingClient elsewhere")
-        return self._grant.result()
+        return self._link.result().grant
 
     def __setstate__(self, grant: SamplerGrant) -> None:
-        self._grant = completed(grant)
+        self._connect(completed(grant))
 
 
 _CLIENT = uuid.uuid4().hex[:8]
@@ -256,14 +261,8 @@ class TrainingClient(HasSync):
     def _submit(self, kind: str, *, seq_id: int | None = None, **args: Any) -> Op[Any]:
         seq = self._take_seq_ids() if seq_id is None else seq_id
         span = tracing.start(kind, run=self.run_id, op=seq)
-        try:
-            future = self._link.submit(seq, kind, args, span.traceparent)
-            span.end_with(future)
-        except Exception:
-            # The number is taken: let the log pass over it.
-            skipped = self._link.submit(seq, "skip", {})
-            skipped.add_done_callback(lambda _: self._note_answer(seq))
-            raise
+        future = self._link.submit(seq, kind, args, span.traceparent)
+        span.end_with(future)
         future.add_done_callback(lambda _: self._note_answer(seq))
         return Op(future, withdraw=lambda: self._link.withdraw(seq))
 
@@ -517,13 +516,28 @@ def _custom_weights(
 
 
 class EnvClient(HasSync):
-    """A pool of environment workers. Episodes go to the worker with the fewest under way."""
+    """A pool of environment workers. Episodes go to the worker with the fewest under way.
 
-    def __init__(self, workers: Sequence[Handle], controller: Handle) -> None:
-        self._workers = list(workers)
+    `ask` has the controller give the workers, started anew if they went with a controller that died:
+    what they played is then played again.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        workers: list[Handle],
+        controller: Handle,
+        ask: Callable[[], Future[list[Handle]]],
+    ) -> None:
+        self._pool = pool
         self._controller = controller
-        self._running = [0] * len(self._workers)
+        self._way = Resending(workers, lambda held: held, lambda _: ask(), controller)
+        self._running = [0] * len(workers)
         self._lock = threading.Lock()
+
+    @property
+    def _workers(self) -> list[Handle]:
+        return self._way.grant
 
     def run_episode(self, spec: Any) -> Op[Trajectory]:
         """Play one episode (`envs.EpisodeSpec`) to its end; `cancel()` ends it before.
@@ -543,25 +557,27 @@ class EnvClient(HasSync):
         with self._lock:
             index = int(np.argmin(self._running))
             self._running[index] += 1
-        worker, name = self._workers[index], uuid.uuid4().hex
-        future = worker.call(method, name, spec)
+        name = uuid.uuid4().hex
+        future: Future[Any] = self._way.send(
+            lambda workers: workers[index].call(method, name, spec), "an episode"
+        )
 
         def leave(_: Future[Any]) -> None:
             with self._lock:
                 self._running[index] -= 1
 
         future.add_done_callback(leave)
-        return Op(future, withdraw=lambda: worker.call("withdraw", name))
+        return Op(future, withdraw=lambda: self._workers[index].call("withdraw", name))
 
     def close(self) -> Op[None]:
         """End the workers and whatever they play."""
-        return Op(self._controller.call("end_env_workers", self._workers))
+        return Op(self._controller.call("end_env_workers", self._pool))
 
     async def __aenter__(self) -> EnvClient:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        with contextlib.suppress(Unavailable):  # they went with the service
+        with suppress(Unavailable):  # they went with the service
             await self.close()
 
 
@@ -610,28 +626,19 @@ class ServiceClient(HasSync):
         lora = LoraConfig(
             rank, alpha, seed, train_attn, train_mlp, train_unembed, train_router, experts
         )
-        run_id = uuid.uuid4().hex[:12]
-        return self._training(
-            "create_run", run_id, base_model, lora, None, False, _json_values(user_metadata)
-        )
+        return self._create(base_model, lora, None, False, user_metadata)
 
     def create_training_client_from_state(
         self, path: str, *, user_metadata: Mapping[str, Any] | None = None
     ) -> Op[TrainingClient]:
         """Start a new run from a checkpoint's weights, with a fresh optimizer."""
-        run_id = uuid.uuid4().hex[:12]
-        return self._training(
-            "create_run", run_id, None, None, path, False, _json_values(user_metadata)
-        )
+        return self._create(None, None, path, False, user_metadata)
 
     def create_training_client_from_state_with_optimizer(
         self, path: str, *, user_metadata: Mapping[str, Any] | None = None
     ) -> Op[TrainingClient]:
         """Start a new run from a checkpoint's weights and optimizer state."""
-        run_id = uuid.uuid4().hex[:12]
-        return self._training(
-            "create_run", run_id, None, None, path, True, _json_values(user_metadata)
-        )
+        return self._create(None, None, path, True, user_metadata)
 
     def resume_training_client(self, run_id: str, *, path: str | None = None) -> Op[TrainingClient]:
         """Go on with a run where its log ends, whatever became of the learner or the whole service
@@ -646,6 +653,18 @@ class ServiceClient(HasSync):
             NotFound: no such run, or it was closed and has no checkpoint.
         """
         return self._training("resume_run", run_id, path)
+
+    def _create(
+        self,
+        base_model: str | None,
+        lora: LoraConfig | None,
+        path: str | None,
+        optimizer: bool,
+        user_metadata: Mapping[str, Any] | None,
+    ) -> Op[TrainingClient]:
+        run_id, creation = uuid.uuid4().hex[:12], uuid.uuid4().hex
+        how = (base_model, lora, path, optimizer, _json_values(user_metadata))
+        return self._training("create_run", run_id, *how, creation)
 
     def _training(self, method: str, *args: Any) -> Op[TrainingClient]:
         grant: Op[RunGrant] = Op(self.controller.call(method, *args))
@@ -668,10 +687,13 @@ class ServiceClient(HasSync):
     ) -> Op[EnvClient]:
         """Environment workers that render and tokenize for `base_model`; each plays up to
         `max_concurrent` episodes at once, every environment in a process of its own."""
-        workers: Op[list[Handle]] = Op(
-            self.controller.call("env_workers", base_model, num_workers, max_concurrent)
-        )
-        return workers.then(lambda handles: EnvClient(handles, self.controller))
+        pool = uuid.uuid4().hex
+
+        def ask() -> Future[list[Handle]]:
+            how = (base_model, num_workers, max_concurrent)
+            return self.controller.call("env_workers", pool, *how)
+
+        return Op(ask()).then(lambda workers: EnvClient(pool, workers, self.controller, ask))
 
     def metrics(self) -> Op[str]:
         """What all processes of the service count and measure, in Prometheus's text format
@@ -699,7 +721,7 @@ class ServiceClient(HasSync):
         return Op(self.controller.call("close_run", run_id))
 
     def unload_model(self, base_model: str) -> Op[bool]:
-        """Free a base model's memory, ending its samplers' requests; the next use loads it again.
+        """Free a base model's memory; the next use, or a sample under way, loads it again.
         False, and nothing happens, while it has open runs (`close_training_run`)."""
         return Op(self.controller.call("unload", base_model))
 
@@ -739,6 +761,4 @@ class ServiceClient(HasSync):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        import asyncio
-
         await asyncio.to_thread(self.close)

@@ -7,7 +7,7 @@ import asyncio
 import functools
 import inspect
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 from .op import Op
@@ -23,6 +23,12 @@ def _background_loop() -> asyncio.AbstractEventLoop:
 def run_blocking(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine to its end on the background event loop."""
     return asyncio.run_coroutine_threadsafe(coroutine, _background_loop()).result()
+
+
+def later(seconds: float, call: Callable[[], None]) -> None:
+    """Make a call, that does not block, on the background event loop."""
+    loop = _background_loop()
+    loop.call_soon_threadsafe(loop.call_later, seconds, call)
 
 
 def _drain(iterator: AsyncIterator[Any]) -> Iterator[Any]:

@@ -99,6 +99,11 @@ class Datum:
             inputs[name] = array
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
+    @property
+    def nbytes(self) -> int:
+        arrays = self.loss_fn_inputs.values()
+        return 8 * self.model_input.length + sum(array.nbytes for array in arrays)
+
 
 def _check_seed(seed: int | None) -> None:
     if seed is not None and not 0 <= seed <= MAX_SEED:

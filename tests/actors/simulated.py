@@ -17,9 +17,12 @@ import stat
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import ray
 
 from tests.conftest import THREADS
 from tinsmith.actors.controller import Controller
@@ -212,7 +215,13 @@ class LocalController(Controller):
     """Whose learner and sampler are in this process."""
 
     def __init__(self, home: Path, sampler: Published) -> None:
-        super().__init__(str(home))
+        no_actor = SimpleNamespace(
+            was_current_actor_reconstructed=False,
+            get_session_name=lambda: "simulated",
+            get_actor_id=lambda: None,
+        )
+        with mock.patch.object(ray, "get_runtime_context", lambda: no_actor):
+            super().__init__(str(home))
         self.sampler = InProcess(sampler)
         self.learner: InProcess | None = None
 
@@ -234,8 +243,9 @@ class Life:
         self.controller = LocalController(home, sampler)
         way = InProcess(self.controller)
         self.learner = Learner(model, model, str(home), way, THREADS, replay_seconds=replay_seconds)
-        self.learner.sync_thread.close()
-        self.learner.sync_thread = self.disk  # type: ignore[assignment]
+        thread, *more = self.learner.journals
+        thread.close()
+        self.learner.journals = (self.disk, *more)  # type: ignore[assignment]
         self.learner.engine_thread = AtOnce(1)
         self.controller.learner = InProcess(self.learner)
         self.run(self.learner.start())

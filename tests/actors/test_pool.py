@@ -16,6 +16,7 @@ import tinsmith
 from tests.actors.script import children_settled, descendants
 from tests.data import text_datum
 from tinsmith import Op, Replicas
+from tinsmith.primitives.types import SampleRequest, SampleResponse
 
 PROMPT = np.arange(100)
 
@@ -149,7 +150,9 @@ def test_samplers_come_and_go_with_what_is_asked_of_them(tiny_home):
     result = told(
         """
 async def main(home):
-    replicas = Replicas(1, 2, target_ongoing_requests=4, upscale_delay_s=0.5, downscale_delay_s=2)
+    replicas = Replicas(
+        1, 2, target_ongoing_requests=4, upscale_delay_s=0.5, downscale_delay_s=2, max_requests=10
+    )
     async with service(home, replicas) as cluster:
         base = await cluster.create_sampling_client(base_model="tiny-llama")
         counts = [await count(base)]
@@ -165,6 +168,20 @@ async def main(home):
             return await count(base) == 2
 
         await until(two)
+        # There is no room for more: they are told to come again, and clients do.
+        grant, busy = base._grant.result(), 0
+        while not busy:
+            raw = [
+                Op(grant.sampler.call("sample", SampleRequest(PROMPT, seeded(50), grant.policy)))
+                for _ in range(10)
+            ]
+            told = await asyncio.gather(*raw, return_exceptions=True)
+            busy = sum(isinstance(answer, tinsmith.Busy) for answer in told)
+            assert busy + sum(isinstance(answer, SampleResponse) for answer in told) == 10, told
+        crowd = [base.sample(PROMPT, 1, seeded(9)) for _ in range(20)]
+        streamed = [token.token async for token in base.sample_stream(PROMPT, 1, seeded(9))]
+        same(await asyncio.gather(*crowd))
+        assert streamed == (await crowd[0]).sequences[0].tokens.tolist()
         same([await base.sample(PROMPT, 1, seeded(9)) for _ in range(2)])
         grown.set()
         await asyncio.gather(*asking)

@@ -93,5 +93,7 @@ def test_limits_that_contradict_each_other_are_refused():
         Replicas(3, 2)
     with pytest.raises(InvalidInput, match="target_ongoing_requests must be at least 1"):
         Replicas(1, 2, target_ongoing_requests=0)
+    with pytest.raises(InvalidInput, match="max_requests must be at least 1"):
+        Replicas(1, 2, max_requests=0)
     with pytest.raises(InvalidInput, match="upscale_delay_s must not be negative"):
         Replicas(1, 2, upscale_delay_s=-1)

@@ -403,6 +403,38 @@ async def test_a_custom_losses_metrics_come_with_the_outputs(service):
         np.testing.assert_array_equal(a["logprobs"], b["logprobs"])
 
 
+async def test_what_does_not_fit_waits_in_the_client_and_gives_the_same(service):
+    data = [policy_datum(np.random.default_rng(i), 12) for i in range(3)]
+
+    async def trained(window: int | None) -> tuple[list[np.ndarray], int]:
+        training = await new_run(service)
+        link = training._link
+        if window is not None:
+            link._window.size = window
+        most = 0
+        for _ in range(4):
+            training.forward_backward_custom(data, custom_ppo)
+            training.forward_backward(data, "ppo")
+            stepped = training.optim_step()
+            most = max(most, len(link._window._under_way))
+        await stepped
+        return await same_weights_logprobs(training), most
+
+    free, many = await trained(None)
+    tight, few = await trained(1)
+    for a, b in zip(free, tight, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert few <= 2 < many
+
+
+async def test_what_cannot_be_carried_fails_alone(service):
+    training = await new_run(service)
+    data = [policy_datum(np.random.default_rng(0))]
+    with pytest.raises(TypeError, match="pickle"):
+        await training.forward_backward(data, "ppo", {"clip_low_threshold": threading.Lock()})
+    assert (await training.forward_backward(data, "ppo")).metrics["loss:sum"] != 0
+
+
 async def test_what_is_submitted_after_a_custom_loss_waits_for_it(service):
     training = await new_run(service)
     started, go_on = threading.Event(), threading.Event()
