@@ -18,7 +18,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -112,6 +112,8 @@ class Learner(Observed):
         self.recovering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.mending: dict[str, asyncio.Task[None]] = {}  # runs whose log their disk has failed
         self.failing: dict[str, RunLog] = {}  # their logs
+        # By run and number: the errors of operations that came meanwhile.
+        self.refused: defaultdict[str, dict[int, StorageFailure]] = defaultdict(dict)
         self.taken: dict[str, asyncio.Task[None]] = {}  # runs that another learner has
         self.batches: dict[int, RunLog] = {}  # under way, by the engine's number
         self.sampler: Handle | None = None
@@ -350,13 +352,15 @@ class Learner(Observed):
         before it took but never sent are passed over."""
         log = self._log(run_id)
         following = max([log.next_seq_id - 1, *log.waiting]) + 1
-        log.pass_over_missing(following, OpCancelled(f"another client took over run {run_id}"))
+        gone = OpCancelled(f"another client took over run {run_id}")
+        log.pass_over_missing(range(log.next_seq_id, following), gone)
         await asyncio.wrap_future(log.journal.on_disk())
         return following
 
     async def close_run(self, run_id: str) -> None:
         """Free a run's memory and delete its log. Operations still waiting fail."""
         self.failing.pop(run_id, None)
+        self.refused.pop(run_id, None)
         mending = self.mending.pop(run_id, None)
         if mending is not None:
             mending.cancel()
@@ -422,6 +426,9 @@ class Learner(Observed):
                     logger.warning("run %s: %s; trying again", log.run_id, error)
                     await asyncio.sleep(MEND_SECONDS)
             again = self.logs[log.run_id]
+            # What came after it without a gap has nothing to wait for where it was refused.
+            for seq_id, refused in {**self.refused.pop(log.run_id, {}), **log.refused()}.items():
+                again.pass_over_missing([seq_id], refused)
             for seq_id, entry in log.unanswered.items():
                 if not entry.future.done():
                     result = again.results[seq_id]
@@ -439,6 +446,7 @@ class Learner(Observed):
                 del self.mending[log.run_id]
             if self.failing.get(log.run_id) is log:
                 del self.failing[log.run_id]
+                self.refused.pop(log.run_id, None)
 
     async def settle(self) -> None:
         """Wait until what is being saved is saved."""
@@ -453,14 +461,16 @@ class Learner(Observed):
         kind: str,
         args: dict[str, Any],
         answered: int = 1,
+        failed: Collection[int] = (),
         delivered: int = 1,
         trace: str | None = None,
     ) -> Any:
         """Append operation `seq_id` to a run's log and wait for its result.
 
         Args:
-            answered: the client knows what became of all operations before this number: those that
-                are missing were refused, and are passed over.
+            answered, failed: the client knows what became of all operations before this number, and
+                that these, from it on, failed: those of them that are missing were refused, and are
+                passed over.
             delivered: the client has the results of all operations before this number: they are kept
                 no longer.
             trace: the `traceparent` of who sent it.
@@ -471,14 +481,19 @@ class Learner(Observed):
             # What came before the disk failed is no longer refused: it is on disk, or was refused then.
             future = known.results.get(seq_id)
         if future is None:
-            log = self._log(run_id)
+            try:
+                log = self._log(run_id)
+            except StorageFailure as refused:
+                self.refused[run_id][seq_id] = refused
+                raise
             if seq_id < log.next_seq_id:
                 raise InvalidInput(
                     f"operation {seq_id} of run {run_id} was applied before; "
                     f"its result is no longer kept (next is {log.next_seq_id})"
                 )
-            refused = StorageFailure("it was refused, by a learner that died since")
-            log.pass_over_missing(min(answered, seq_id), refused)
+            gone = StorageFailure("it was refused, by a learner that died since")
+            missing = [*range(log.next_seq_id, min(answered, seq_id)), *failed]
+            log.pass_over_missing(missing, gone)
             future = log.append(seq_id, kind, args).future
             self.watch.accepted(run_id, seq_id, kind, args, future, trace)
         return await asyncio.shield(future)

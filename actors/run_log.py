@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,18 +118,23 @@ class RunLog:
             return self.pass_over(seq_id, error)
         return self._wait(seq_id, kind, args, position)
 
-    def pass_over(self, seq_id: int, error: Exception) -> Entry:
+    def pass_over(self, seq_id: int, error: BaseException) -> Entry:
         """Let a number be used up, by an operation that failed with this error."""
         entry = self._wait(seq_id, "skip", {}, self.journal.log.end)
         self.journal.write_later(records.operation(seq_id, "skip", {}))
         self.settle(entry, None, error, False)
         return entry
 
-    def pass_over_missing(self, end: int, error: Exception) -> None:
-        """All numbers before `end` that have not come."""
-        for seq_id in range(self.next_seq_id, end):
-            if seq_id not in self.waiting:
+    def pass_over_missing(self, numbers: Iterable[int], error: BaseException) -> None:
+        """Those of these numbers that have not come."""
+        for seq_id in numbers:
+            if seq_id >= self.next_seq_id and seq_id not in self.waiting:
                 self.pass_over(seq_id, error)
+
+    def refused(self) -> dict[int, BaseException]:
+        """The errors of operations that failed, as far as they are kept, by number."""
+        done = {n: f for n, f in self.results.items() if f.done() and not f.cancelled()}
+        return {n: error for n, f in done.items() if (error := f.exception()) is not None}
 
     def forget_results(self, end: int) -> None:
         """Of all operations before `end`: the client has them."""

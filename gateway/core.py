@@ -29,7 +29,7 @@ from ..primitives.errors import (
     TinsmithError,
     Unavailable,
 )
-from ..primitives.learner_link import LearnerLink, RunGrant
+from ..primitives.learner_link import Answered, LearnerLink, RunGrant
 from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath
 from ..primitives.sampler_link import SamplerLink
@@ -75,13 +75,14 @@ class Session:
 class Run:
     """A training run: `grant` is None where it is not in a learner's memory any more.
     `pending` holds the bytes of the operations under way, by number; all up to `arrived` have come,
-    and those in `early` before their turn."""
+    and those in `early` before their turn; those in `failed` have failed."""
 
     row: RunRow
     grant: asyncio.Future[RunGrant] | None
     pending: dict[int, int] = field(default_factory=dict)
     arrived: int = 0
     early: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
 
     def arrive(self, seq_id: int) -> None:
         if seq_id > self.arrived:
@@ -91,9 +92,11 @@ class Run:
             self.early.discard(self.arrived)
 
     @property
-    def answered(self) -> int:
-        """The answers of all operations before this number are there."""
-        return min([self.arrived + 1, *self.pending])
+    def answered(self) -> Answered:
+        """Which answers are there."""
+        before = min([self.arrived + 1, *self.pending])
+        self.failed = {seq_id for seq_id in self.failed if seq_id >= before}
+        return Answered(before, sorted(self.failed))
 
     @property
     def moving(self) -> bool:
@@ -399,6 +402,9 @@ class Gateway:
                 raise
             try:
                 result = await Op(link.submit(seq_id, kind, prepared, span.traceparent))
+            except TinsmithError:
+                run.failed.add(seq_id)
+                raise
             finally:
                 if run.grant is not None:  # a learner that died has been replaced
                     run.grant = asyncio.get_running_loop().create_future()

@@ -21,7 +21,7 @@ import numpy as np
 
 from . import tracing
 from .errors import Busy, InvalidInput, Unavailable
-from .learner_link import LearnerLink, RunGrant
+from .learner_link import Answered, LearnerLink, RunGrant
 from .metrics_text import metrics_text
 from .op import Handle, Op, chain, completed, forward_result
 from .patience import patiently
@@ -241,6 +241,7 @@ class TrainingClient(HasSync):
         self._lock = threading.Lock()
         self._next_seq_id = grant.next_seq_id
         self._open: dict[int, None] = {}  # numbers taken whose results are not there; ascending
+        self._failed: set[int] = set()  # numbers above the first of these
 
     def _take_seq_ids(self, count: int = 1) -> int:
         with self._lock:
@@ -249,21 +250,24 @@ class TrainingClient(HasSync):
             self._open.update(dict.fromkeys(range(first, first + count)))
             return first
 
-    def _answered(self) -> int:
-        """Of all operations before this one the results, or errors, are there."""
+    def _answered(self) -> Answered:
         with self._lock:
-            return next(iter(self._open), self._next_seq_id)
+            before = next(iter(self._open), self._next_seq_id)
+            self._failed = {seq_id for seq_id in self._failed if seq_id >= before}
+            return Answered(before, sorted(self._failed))
 
-    def _note_answer(self, seq_id: int) -> None:
+    def _note_answer(self, seq_id: int, done: Future[Any]) -> None:
         with self._lock:
             self._open.pop(seq_id, None)
+            if done.cancelled() or done.exception() is not None:
+                self._failed.add(seq_id)
 
     def _submit(self, kind: str, *, seq_id: int | None = None, **args: Any) -> Op[Any]:
         seq = self._take_seq_ids() if seq_id is None else seq_id
         span = tracing.start(kind, run=self.run_id, op=seq)
         future = self._link.submit(seq, kind, args, span.traceparent)
         span.end_with(future)
-        future.add_done_callback(lambda _: self._note_answer(seq))
+        future.add_done_callback(lambda done: self._note_answer(seq, done))
         return Op(future, withdraw=lambda: self._link.withdraw(seq))
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .op import Handle, failed, forward_result
@@ -23,13 +23,22 @@ class RunGrant:
     next_seq_id: int
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What a client knows of a run's operations: what became of all `before` a number, and that those
+    in `failed`, from that number on, failed."""
+
+    before: int
+    failed: list[int] = field(default_factory=list)
+
+
 class LearnerLink:
     """Submits a run's operations. When the learner dies under one, the controller is asked for
     the learner that takes its place, with the run as its log has it, and the operation is sent
     again under its number: it is applied once, whatever the first had done.
 
-    `answered()`: the number before which the client knows what became of all operations. The learner
-    passes over those of them that it misses: they were refused, when nothing could be written.
+    `answered()`: which operations the client knows the outcome of. The learner passes over those of
+    them that it misses: they were refused, when nothing could be written.
     `keep`: it also keeps their results, for a client that may ask for one again.
 
     What is more than a window's worth of data waits here, and not in the learner's memory.
@@ -42,11 +51,11 @@ class LearnerLink:
         self,
         grant: RunGrant,
         controller: Handle,
-        answered: Callable[[], int],
+        answered: Callable[[], Answered],
         keep: bool = False,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
-        self._answered_before, self._keep = answered, keep
+        self._answered, self._keep = answered, keep
         self._window = Window()
         self._way = Resending(
             grant,
@@ -68,10 +77,11 @@ class LearnerLink:
 
         def call(grant: RunGrant) -> Future[Any]:
             operation = (grant.run_id, seq_id, kind, args)
-            answered = self._answered_before()
-            delivered = 1 if self._keep else answered
+            answered = self._answered()
+            delivered = 1 if self._keep else answered.before
+            known = (answered.before, answered.failed, delivered)
             try:
-                return grant.learner.call("submit", *operation, answered, delivered, trace)
+                return grant.learner.call("submit", *operation, *known, trace)
             except Exception as error:
                 # It cannot be carried. Its number is taken: let the log pass over it.
                 grant.learner.call("submit", grant.run_id, seq_id, "skip", {})

@@ -28,7 +28,6 @@ from tests.conftest import THREADS
 from tinsmith.actors.controller import Controller
 from tinsmith.actors.learner import Learner
 from tinsmith.actors.wal import Log
-from tinsmith.primitives.op import Op
 
 TICKS = 20_000  # of the event loop, in which whatever is under way must come to its end
 
@@ -220,7 +219,7 @@ class LocalController(Controller):
             get_session_name=lambda: "simulated",
             get_actor_id=lambda: None,
         )
-        with mock.patch.object(ray, "get_runtime_context", lambda: no_actor):
+        with mock.patch.object(ray, "get_runtime_context", return_value=no_actor):
             super().__init__(str(home))
         self.sampler = InProcess(sampler)
         self.learner: InProcess | None = None
@@ -289,7 +288,3 @@ class Life:
         self.loop.close()
         self.controller.registry.db.close()
         self.disk.close()
-
-
-async def call(handle: InProcess, method: str, *args: Any) -> Any:
-    return await Op(handle.call(method, *args))

@@ -182,6 +182,56 @@ async def test_an_operation_refused_before_a_crash_leaves_no_gap(tiny_llama, tmp
     await stop(learner)
 
 
+async def test_what_was_refused_before_a_crash_is_known_though_what_came_before_it_is_not(
+    tiny_llama, tmp_path, engine
+):
+    learner = await started(tiny_llama, tmp_path, 1e9)
+    await learner.open_run("run", LORA, None, False)
+    log = learner.logs["run"].journal.log
+    real, log._file = log._file, -1  # as a disk that takes nothing
+    with pytest.raises(tinsmith.StorageFailure, match="cannot be written"):
+        await submit(learner, 2)
+    log._file = real
+    await stop(learner)
+    learner = await started(tiny_llama, tmp_path, 1e9)
+    assert await learner.recover("run") == 1
+    # The client sends again what it has no answer of; 2 has one, and is missing for good.
+    kind, args = OPS[2]
+    third = asyncio.create_task(learner.submit("run", 3, kind, arguments(kind, args), 1, [2]))
+    await submit(learner, 1)
+    stepped = await asyncio.wait_for(third, 60)
+    for n in (1, 3):
+        kind, args = OPS[n - 1]
+        result = getattr(engine, kind)("run", *args)
+    assert_same(stepped, result)
+    await stop(learner)
+
+
+async def test_what_is_refused_while_a_disk_fails_is_not_waited_for_when_it_is_mended(
+    tiny_llama, tmp_path, engine, monkeypatch
+):
+    monkeypatch.setattr(learner_module, "MEND_SECONDS", 0.01)
+    learner = await started(tiny_llama, tmp_path, 1e9)
+    await learner.open_run("run", LORA, None, False)
+    early = asyncio.create_task(submit(learner, 6))  # waits for its turn
+    await asyncio.sleep(0)
+    await asyncio.wrap_future(learner.logs["run"].journal.on_disk())
+    broken = True
+    fail_fsync(monkeypatch, lambda: broken, errno.ENOSPC)
+    for seq_id in (1, 2):  # the one is cut off the log, the other does not come into it
+        with pytest.raises(tinsmith.StorageFailure):
+            await asyncio.wait_for(submit(learner, seq_id), 60)
+    broken = False
+    await mended(learner)
+    rest = [submit(learner, seq_id) for seq_id in (3, 4, 5)]  # sent before the answers were there
+    *_, stepped = await asyncio.wait_for(asyncio.gather(*rest, early), 60)
+    for n in (3, 4, 5, 6):
+        kind, args = OPS[n - 1]
+        result = getattr(engine, kind)("run", *args)
+    assert_same(stepped, result)
+    await stop(learner)
+
+
 async def test_of_two_snapshots_one_may_be_damaged(tiny_llama, tmp_path, engine, caplog):
     learner = await started(tiny_llama, tmp_path, 0.0)
     await learner.open_run("run", LORA, None, False)

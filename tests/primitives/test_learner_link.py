@@ -7,7 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from tinsmith.primitives.errors import CorruptLog, StorageFailure, Unavailable
-from tinsmith.primitives.learner_link import LearnerLink, RunGrant
+from tinsmith.primitives.learner_link import Answered, LearnerLink, RunGrant
 from tinsmith.primitives.op import completed, failed
 
 
@@ -34,7 +34,7 @@ def test_while_the_disk_is_full_nobody_is_told_that_an_operation_was_not_done():
     dead, next_one = Answering(submit=[Unavailable("gone")]), Answering(submit=["result"])
     full = StorageFailure("no room")
     controller = Answering(reopen_run=[full, full, grant(next_one)])
-    link = LearnerLink(grant(dead), controller, lambda: 1)
+    link = LearnerLink(grant(dead), controller, lambda: Answered(1))
     assert link.submit(1, "optim_step", {}).result(30) == "result"
     assert (dead.calls, next_one.calls) == (["submit"], ["submit"])
     assert controller.calls.count("reopen_run") == 3
@@ -42,6 +42,8 @@ def test_while_the_disk_is_full_nobody_is_told_that_an_operation_was_not_done():
 
 def test_a_run_that_cannot_be_recovered_says_so_at_once():
     dead = Answering(submit=[Unavailable("gone")])
-    link = LearnerLink(grant(dead), Answering(reopen_run=[CorruptLog("damaged")]), lambda: 1)
+    link = LearnerLink(
+        grant(dead), Answering(reopen_run=[CorruptLog("damaged")]), lambda: Answered(1)
+    )
     with pytest.raises(CorruptLog, match="damaged"):
         link.submit(1, "optim_step", {}).result(30)
