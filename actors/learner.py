@@ -309,7 +309,7 @@ class Learner(Observed):
                 await self._in_engine(self.engine.load, run_id, params, state, about.version)
                 self.logs[run_id] = log
                 await self._replay(log)
-                await self.publish_again(run_id)
+                await self._publish_again(log)
                 if log.journal.log.failure is not None:
                     raise log.journal.log.failure
                 if crashed:
@@ -762,13 +762,15 @@ class Learner(Observed):
     async def publish_again(self, run_id: str, sampler: Handle | None = None) -> None:
         """Give the samplers (`sampler`, if others took their place) what the run has published, if
         they were started anew."""
-        log, self.sampler = self._log(run_id), sampler or self.sampler
+        self.sampler = sampler or self.sampler
+        await self._publish_again(self._log(run_id))
 
+    async def _publish_again(self, log: RunLog) -> None:
         async def refill(sampler: Handle) -> None:
             if await self._refill(log, sampler) and log.publish_steps:
-                newest = await self._in_engine(self._weights, run_id)
+                newest = await self._in_engine(self._weights, log.run_id)
                 await asyncio.wrap_future(log.journal.on_disk())
-                await Op(sampler.call("add_adapter", run_id, *newest, False))
+                await Op(sampler.call("add_adapter", log.run_id, *newest, False))
 
         if log.published:
             async with log.publishing:
