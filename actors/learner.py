@@ -516,15 +516,17 @@ class Learner(Observed):
         entry = log.waiting.get(seq_id)
         if entry is None and seq_id >= log.next_seq_id:
             # Calls to an asyncio actor may overtake each other: withdrawn before it came.
-            entry = log.append(seq_id, "operation", {})
-        if entry is None or entry.kind == "skip" or entry.settled:
+            entry = log.append(seq_id, "skip", {})
+        elif entry is None or entry.kind == "skip" or entry.settled:
             return False
-        log.journal.write(records.operation(seq_id, "skip", {}))
-        gone = OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn")
-        entry.kind = "skip"
-        log.settle(entry, None, gone, False)
+        else:
+            log.journal.write(records.operation(seq_id, "skip", {}))
+        if not entry.settled:  # there was room to write it down
+            gone = OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn")
+            entry.kind = "skip"
+            log.settle(entry, None, gone, False)
         await asyncio.wait({entry.future})
-        return True
+        return isinstance(entry.future.exception(), OpCancelled)
 
     def _log(self, run_id: str) -> RunLog:
         log = self.logs.get(run_id)

@@ -15,6 +15,7 @@ from typing import Any
 from ..primitives.errors import (
     CorruptLog,
     InvalidInput,
+    OpCancelled,
     OperationCrashed,
     StorageFailure,
     Unavailable,
@@ -313,6 +314,11 @@ class RunLog:
                 result = records.result(seq_id, kind, None, error, False)
                 self.journal.write_later(result)
                 kind = "skip"
+            if kind == "skip" and result is None:
+                # Of what was withdrawn or refused; nobody was told of it yet.
+                gone = OpCancelled(f"operation {seq_id} was withdrawn or refused before the crash")
+                result = records.result(seq_id, kind, None, gone, False)
+                self.journal.write_later(result)
             if result is None:
                 self._wait(seq_id, kind, args, position)
             else:

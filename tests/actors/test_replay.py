@@ -4,6 +4,7 @@ what the operations give one after the other."""
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 
 import numpy as np
@@ -141,6 +142,41 @@ async def test_withdrawn_operations_stay_withdrawn(tiny_llama, tmp_path, sequent
     learner = await started(tiny_llama, tmp_path / "a", 1e9)
     assert await learner.recover("run") == 4
     await stop(learner)
+
+
+@pytest.mark.parametrize("came_before", [False, True])
+async def test_what_is_being_withdrawn_when_the_learner_dies_is_withdrawn_or_done(
+    tiny_llama, tmp_path, came_before
+):
+    ops = [(kind, arguments(kind, args)) for kind, args in script(0, COUNT)]
+    learner = await started(tiny_llama, tmp_path / "a", 1e9)
+    await learner.open_run("run", LORA, None, False)
+    log = learner.logs["run"].journal.log
+    if came_before:
+        early = asyncio.create_task(learner.submit("run", 2, *ops[0]))
+        await asyncio.sleep(0)
+        assert not early.done()
+    ends = [log.end]
+    real, write = log.append, lambda payload: (real(payload), ends.append(log.end))[0]
+    log.append = write
+    assert await learner.withdraw("run", 2)
+    log.append = real
+    await stop(learner)
+    for end in ends:  # a crash after each of what was written
+        home = tmp_path / str(end)
+        shutil.copytree(tmp_path / "a", home)
+        (segment,) = (home / "runs/run/log").glob("*.wal")
+        os.truncate(segment, end)
+        learner = await started(tiny_llama, home, 1e9)
+        await learner.recover("run")
+        second = asyncio.create_task(learner.submit("run", 2, *ops[0]))
+        await learner.submit("run", 1, *ops[1])
+        if end == ends[0]:
+            assert (await second).loss_fn_outputs
+        else:
+            with pytest.raises(tinsmith.OpCancelled, match="withdrawn"):
+                await second
+        await stop(learner)
 
 
 async def test_a_log_that_cannot_be_written_refuses_and_goes_on(tiny_llama, tmp_path, monkeypatch):
