@@ -57,6 +57,7 @@ from .handle import MAX_WAITING_CALLS, ActorGone, RayHandle
 from .journal import log_folder
 from .learner import Learner
 from .learner_helper import LearnerHelper
+from .manifest import Manifest
 from .observed import Observed, own_notes
 from .placement import Placement, Plan, Seat, plan
 from .registry import Registry
@@ -410,8 +411,8 @@ class Controller(Observed):
         """
         check_name("run id", run_id)
         if path is not None:
-            manifest = await asyncio.to_thread(self.storage.read_manifest, path)
-            base_model, lora = manifest["base_model"], LoraConfig(**manifest["lora"])
+            manifest = await self._manifest(path)
+            base_model, lora = manifest.base_model, manifest.lora
         assert base_model is not None
         assert lora is not None
         name, _ = await self._model(base_model)
@@ -486,6 +487,9 @@ class Controller(Observed):
         finally:
             self.openings[model_path] -= 1
         return RunGrant(run_id, name, model_path, learner, first)
+
+    async def _manifest(self, path: str) -> Manifest:
+        return Manifest.of(path, await asyncio.to_thread(self.storage.read_manifest, path))
 
     async def park_runs(self) -> None:
         """Take snapshots of all runs in memory, before the cluster ends."""
@@ -633,11 +637,11 @@ class Controller(Observed):
 
     async def grant_checkpoint_sampler(self, path: str) -> SamplerGrant:
         """Load a saved adapter into its base model's sampler, under its path as name."""
-        manifest = await asyncio.to_thread(self.storage.read_manifest, path)
+        manifest = await self._manifest(path)
         files = await asyncio.to_thread(adapter_files, self.storage, path)
-        version, lora = manifest["version"], LoraConfig(**manifest["lora"])
-        name, model_path = await self._model(manifest["base_model"])
-        sampler = await self.sampler_handle(manifest["base_model"])
+        version, lora = manifest.version, manifest.lora
+        name, model_path = await self._model(manifest.base_model)
+        sampler = await self.sampler_handle(manifest.base_model)
         await Op(sampler.call("add_adapter_files", path, version, lora, files))
         return SamplerGrant(name, model_path, sampler, PolicyRef(path, version), self.me)
 

@@ -38,7 +38,9 @@ from ..engines.learner import Finished, LearnerEngine
 from ..engines.memory import state_bytes
 from ..engines.memory_budget import available_bytes
 from ..engines.models import copies_folder
+from ..engines.optimizer import check_state
 from ..engines.passes import Group, PassRunner
+from ..engines.tensor_files import read_tensors
 from ..primitives.errors import (
     InvalidInput,
     NotFound,
@@ -63,6 +65,7 @@ from ..primitives.validation import check_ttl
 from . import records
 from .journal import Journal, log_folder, new_run_key
 from .learner_watch import LearnerWatch
+from .manifest import Manifest
 from .observed import Observed, own_notes
 from .run_log import BATCHES, EFFECTS, Entry, RunLog, finish, unhandled_is_fine
 from .snapshots import About
@@ -207,7 +210,8 @@ class Learner(Observed):
         `next_seq_id`."""
         if path is not None:
             await self._settle_writes()
-            await asyncio.to_thread(self.storage.read_manifest, path)  # before anything is closed
+            told = await asyncio.to_thread(self.storage.read_manifest, path)
+            Manifest.of(path, told)  # before anything is closed
         await self.close_run(run_id)
         await self._in_engine(self.engine.create_run, run_id, lora)
         try:
@@ -861,20 +865,14 @@ class Learner(Observed):
         version, layout = run.version, run.layout
         seq_id = log.next_seq_id - 1
         operation = f"{log.run_key}:{seq_id}"
-        manifest = {
-            "operation": operation,
-            "base_model": self.base_model,
-            "lora": asdict(run.config),
-            "version": version,
-            "user_metadata": metadata,
-        }
+        manifest = Manifest(self.base_model, run.config, version, metadata, operation)
 
         def write() -> tuple[Checkpoint, str]:
             params = state.pop("params")
             files = adapter_files.write_adapter(layout, params, self.base_model)
             if state:
                 files["optimizer.safetensors"] = safetensors.torch.save(state)
-            files[MANIFEST] = json.dumps(manifest, indent=1).encode()
+            files[MANIFEST] = json.dumps(asdict(manifest), indent=1).encode()
             staged, now = self.storage.stage(path.folder, files), time.time()
             checkpoint = Checkpoint(
                 str(path),
@@ -913,10 +911,11 @@ class Learner(Observed):
 
     def _load_checkpoint(self, run_id: str, path: str, optimizer: bool, resume: bool) -> None:
         """Load weights (and optimizer); `resume` also takes over the checkpoint's version."""
-        files, manifest = self.storage.read_checkpoint(path)
-        if manifest["base_model"] != self.base_model:
+        files, told = self.storage.read_checkpoint(path)
+        manifest = Manifest.of(path, told)
+        if manifest.base_model != self.base_model:
             raise InvalidInput(
-                f"{path} was trained on {manifest['base_model']!r}, this run on {self.base_model!r}"
+                f"{path} was trained on {manifest.base_model!r}, this run on {self.base_model!r}"
             )
         run = self.engine.runs[run_id]
         params = adapter_files.read_adapter(files, run.layout)
@@ -924,8 +923,9 @@ class Learner(Observed):
         if optimizer:
             if "optimizer.safetensors" not in files:
                 raise InvalidInput(f"{path} holds no optimizer state: it was saved for sampling")
-            state = safetensors.torch.load(files["optimizer.safetensors"])
-        self.engine.load(run_id, params, state, manifest["version"] if resume else None)
+            state = read_tensors(files["optimizer.safetensors"], f"the optimizer state of {path}")
+            check_state(state, run.params, path)
+        self.engine.load(run_id, params, state, manifest.version if resume else None)
 
 
 def _pass_on(future: asyncio.Future[Any], done: asyncio.Future[Any]) -> None:

@@ -1,7 +1,7 @@
 """Snapshots of a run: all that its next operations depend on, in a folder beside its log.
 
 Written under a temporary name, fsynced, renamed: there whole or not at all. The tensors are
-safetensors, the rest msgpack with their checksum.
+safetensors, the rest msgpack with their checksum, behind its own.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
         for left in folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
         staged.mkdir(parents=True)
-        for name, content in ((_STATE, data), (_ABOUT, codec.encode(about))):
+        told = codec.encode(about)
+        sealed = zlib.crc32(told).to_bytes(4, "little") + told
+        for name, content in ((_STATE, data), (_ABOUT, sealed)):
             with open(staged / name, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -99,7 +101,10 @@ def read(snapshot: Path) -> tuple[About, dict[str, Tensor]]:
         CorruptLog: it is damaged.
     """
     try:
-        about = codec.decode((snapshot / _ABOUT).read_bytes(), About)
+        sealed = (snapshot / _ABOUT).read_bytes()
+        if zlib.crc32(sealed[4:]) != int.from_bytes(sealed[:4], "little"):
+            raise CorruptLog(f"{snapshot / _ABOUT} is damaged: its checksum is another")
+        about = codec.decode(sealed[4:], About)
         data = (snapshot / _STATE).read_bytes()
         if zlib.crc32(data) != about.checksum:
             raise CorruptLog(f"{snapshot / _STATE} is damaged: its checksum is another")

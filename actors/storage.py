@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import msgspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ..primitives.errors import NotFound, StorageFailure
+from ..primitives.errors import InvalidInput, NotFound, StorageFailure
 from ..primitives.paths import CheckpointPath
 from . import durable
 
@@ -152,18 +152,26 @@ class Storage:
             raise _no_checkpoint(path) from None
 
     def read_checkpoint(self, path: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """All files of the checkpoint `tinker://…` by name, and its manifest. Errors as `files`."""
+        """All files of the checkpoint `tinker://…` by name, and its manifest. Errors as
+        `read_manifest`."""
         files = {}
         for file in self.files(path):
             with self.open(path, file) as stream:
                 files[file] = stream.read()
-        return files, json.loads(files[MANIFEST])
+        return files, _manifest(path, files[MANIFEST])
 
     def read_manifest(self, path: str) -> dict[str, Any]:
-        """What the checkpoint's manifest says. Errors as `files`."""
+        """What the checkpoint's manifest says. Errors as `files`; `InvalidInput` if it is damaged."""
         self.files(path)
         with self.open(path, MANIFEST) as stream:
-            return json.loads(stream.read())
+            return _manifest(path, stream.read())
+
+
+def _manifest(path: str, data: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise InvalidInput(f"checkpoint {path} is damaged: its {MANIFEST}: {error}") from error
 
 
 def _temporary(folder: str) -> str:

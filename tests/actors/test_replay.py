@@ -161,6 +161,9 @@ async def test_what_is_being_withdrawn_when_the_learner_dies_is_withdrawn_or_don
     log.append = write
     assert await learner.withdraw("run", 2)
     log.append = real
+    if came_before:
+        with pytest.raises(tinsmith.OpCancelled):
+            await early
     await stop(learner)
     for end in ends:  # a crash after each of what was written
         home = tmp_path / str(end)
