@@ -17,9 +17,11 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from . import tracing
+from .arguments import check_flag, check_integer, check_number, check_text
 from .errors import Busy, InvalidInput, Unavailable
 from .learner_link import Answered, LearnerLink, RunGrant
 from .metrics_text import metrics_text
@@ -56,6 +58,9 @@ from .validation import check_ttl
 
 LogprobsWanted = Literal["all", "loss"]
 CustomLoss = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
+
+MAX_WORKERS = 1024
+MAX_EPISODES = 100_000  # that a worker plays at once
 
 
 def load_tokenizer(model_path: str) -> Any:
@@ -120,7 +125,7 @@ class SamplingClient(HasSync):
         """
         request = SampleRequest(
             token_array(prompt, "prompt"),
-            sampling_params or SamplingParams(),
+            SamplingParams() if sampling_params is None else sampling_params,
             num_samples=num_samples,
             prompt_logprobs=include_prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
@@ -160,7 +165,7 @@ class SamplingClient(HasSync):
         span = tracing.start("sample", request=request_id, run=link.grant.policy.run_id)
         request = SampleRequest(
             token_array(prompt, "prompt"),
-            sampling_params or SamplingParams(),
+            SamplingParams() if sampling_params is None else sampling_params,
             num_samples=num_samples,
             topk_sample_logprobs=topk_sample_logprobs,
             request_id=request_id,
@@ -313,15 +318,16 @@ class TrainingClient(HasSync):
         logprobs: LogprobsWanted,
         seq_id: int | None = None,
     ) -> Op[ForwardBackwardOutput]:
-        if logprobs not in ("all", "loss"):
+        if not isinstance(logprobs, str) or logprobs not in ("all", "loss"):
             raise InvalidInput(f'logprobs must be "all" or "loss", got {logprobs!r}')
         _check_datums(data)
+        check_text("loss_fn", loss_fn)
         return self._submit(
             kind,
             seq_id=seq_id,
             data=list(data),
             loss_fn=loss_fn,
-            loss_fn_config=dict(loss_fn_config or {}),
+            loss_fn_config=_loss_config(loss_fn_config),
             logprobs=logprobs,
         )
 
@@ -336,6 +342,8 @@ class TrainingClient(HasSync):
         weights `-d loss / d logprob`, which give exactly the gradient of your loss.
         """
         _check_datums(data)
+        if not callable(loss_fn):
+            raise InvalidInput(f"loss_fn must be a function, got {loss_fn!r}")
         plain = [_with_weights(datum, None) for datum in data]
         first = self._take_seq_ids(2)
         forward = self._forward_op("forward", plain, "cross_entropy", None, "all", first)
@@ -411,6 +419,8 @@ class TrainingClient(HasSync):
         overwrite: bool,
         ttl_seconds: int | None,
     ) -> Op[SaveResponse]:
+        check_text("name", name)
+        check_flag("overwrite", overwrite)
         return self._submit(
             kind,
             name=name,
@@ -421,10 +431,12 @@ class TrainingClient(HasSync):
 
     def load_state(self, path: str) -> Op[SaveResponse]:
         """Replace this run's weights by a checkpoint's; the optimizer starts afresh."""
+        check_text("path", path)
         return self._submit("load_state", path=path, optimizer=False)
 
     def load_state_with_optimizer(self, path: str) -> Op[SaveResponse]:
         """Replace this run's weights and optimizer state by a checkpoint's."""
+        check_text("path", path)
         return self._submit("load_state", path=path, optimizer=True)
 
     def save_weights_for_sampler(
@@ -473,15 +485,34 @@ _custom_loss_pool = ThreadPoolExecutor(4, thread_name_prefix="tinsmith-custom-lo
 
 
 def _check_datums(data: Sequence[Datum]) -> None:
+    if not isinstance(data, Sequence):
+        raise InvalidInput(f"data must be a list of Datum, got a {type(data).__name__}")
     for index, datum in enumerate(data):
         if not isinstance(datum, Datum):
             raise InvalidInput(f"data[{index}] is a {type(datum).__name__}, not a Datum")
 
 
+def _loss_config(config: Mapping[str, float] | None) -> dict[str, float]:
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        raise InvalidInput(f"loss_fn_config must map names to numbers, got {config!r}")
+    for name, value in config.items():
+        check_text("a name in loss_fn_config", name)
+        check_number(f"loss_fn_config[{name!r}]", value)
+    return dict(config)
+
+
 def _json_values(user_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    if user_metadata is None:
+        return {}
+    if not isinstance(user_metadata, Mapping):
+        raise InvalidInput(f"user_metadata must map names to JSON values, got {user_metadata!r}")
     try:
-        return json.loads(json.dumps(dict(user_metadata or {})))
-    except (TypeError, ValueError) as error:
+        # As it is written and read back: no NaN, no half of a surrogate pair, no number beyond 64 bits.
+        text = json.dumps(dict(user_metadata), allow_nan=False)
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise InvalidInput(f"user_metadata must hold JSON values: {error}") from None
 
 
@@ -627,6 +658,7 @@ class ServiceClient(HasSync):
             InvalidInput: a rank below 1, an unsupported model family.
             NotFound: no such model.
         """
+        check_text("base_model", base_model)
         lora = LoraConfig(
             rank, alpha, seed, train_attn, train_mlp, train_unembed, train_router, experts
         )
@@ -656,6 +688,9 @@ class ServiceClient(HasSync):
             CorruptLog: the log is damaged; with `path` the run can go on.
             NotFound: no such run, or it was closed and has no checkpoint.
         """
+        check_text("run_id", run_id)
+        if path is not None:
+            check_text("path", path)
         return self._training("resume_run", run_id, path)
 
     def _create(
@@ -666,6 +701,9 @@ class ServiceClient(HasSync):
         optimizer: bool,
         user_metadata: Mapping[str, Any] | None,
     ) -> Op[TrainingClient]:
+        for name, text in (("base_model", base_model), ("path", path)):
+            if text is not None:
+                check_text(name, text)
         run_id, creation = uuid.uuid4().hex[:12], uuid.uuid4().hex
         how = (base_model, lora, path, optimizer, _json_values(user_metadata))
         return self._training("create_run", run_id, *how, creation)
@@ -680,6 +718,9 @@ class ServiceClient(HasSync):
         """A client for a saved checkpoint (`tinker://…`) or for a bare base model."""
         if (model_path is None) == (base_model is None):
             raise InvalidInput("give exactly one of model_path and base_model")
+        for name, text in (("model_path", model_path), ("base_model", base_model)):
+            if text is not None:
+                check_text(name, text)
         if model_path is not None:
             future = self.controller.call("grant_checkpoint_sampler", model_path)
         else:
@@ -691,6 +732,15 @@ class ServiceClient(HasSync):
     ) -> Op[EnvClient]:
         """Environment workers that render and tokenize for `base_model`; each plays up to
         `max_concurrent` episodes at once, every environment in a process of its own."""
+        check_text("base_model", base_model)
+        counts = (
+            ("num_workers", num_workers, MAX_WORKERS),
+            ("max_concurrent", max_concurrent, MAX_EPISODES),
+        )
+        for name, count, most in counts:
+            check_integer(name, count)
+            if not 1 <= count <= most:
+                raise InvalidInput(f"{name} must be at least 1 and at most {most:,}, got {count}")
         pool = uuid.uuid4().hex
 
         def ask() -> Future[list[Handle]]:
@@ -709,10 +759,12 @@ class ServiceClient(HasSync):
         return Op(self.controller.call("list_runs"))
 
     def get_training_run(self, run_id: str) -> Op[TrainingRun]:
+        check_text("run_id", run_id)
         return Op(self.controller.call("get_run", run_id))
 
     def delete_training_run(self, run_id: str) -> Op[None]:
         """Forget a run: its memory, its checkpoints and its files."""
+        check_text("run_id", run_id)
         return Op(self.controller.call("delete_run", run_id))
 
     def close_training_run(self, run_id: str) -> Op[None]:
@@ -722,27 +774,35 @@ class ServiceClient(HasSync):
         Raises:
             NotFound: no such run.
         """
+        check_text("run_id", run_id)
         return Op(self.controller.call("close_run", run_id))
 
     def unload_model(self, base_model: str) -> Op[bool]:
         """Free a base model's memory; the next use, or a sample under way, loads it again.
         False, and nothing happens, while it has open runs (`close_training_run`)."""
+        check_text("base_model", base_model)
         return Op(self.controller.call("unload", base_model))
 
     def list_checkpoints(self, run_id: str | None = None) -> Op[list[Checkpoint]]:
         """Checkpoints of one run or of all, newest first."""
+        if run_id is not None:
+            check_text("run_id", run_id)
         return Op(self.controller.call("list_checkpoints", run_id))
 
     def delete_checkpoint(self, path: str) -> Op[None]:
         """Delete a checkpoint; who samples from it is told that it is gone."""
+        check_text("path", path)
         return Op(self.controller.call("delete_checkpoint", path))
 
     def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> Op[None]:
         """Have a checkpoint deleted `ttl_seconds` from now; None keeps it."""
+        check_text("path", path)
         return Op(self.controller.call("set_checkpoint_ttl", path, check_ttl(ttl_seconds)))
 
     def publish_checkpoint(self, path: str, public: bool = True) -> Op[None]:
         """Let all users of a gateway with keys read a checkpoint, or no longer."""
+        check_text("path", path)
+        check_flag("public", public)
         return Op(self.controller.call("publish_checkpoint", path, public))
 
     def copy_checkpoint(self, path: str, run_id: str) -> Op[str]:
@@ -752,6 +812,8 @@ class ServiceClient(HasSync):
             InvalidInput: the run has a checkpoint of that name, or another base model or LoRA.
             NotFound: no such checkpoint or run.
         """
+        check_text("path", path)
+        check_text("run_id", run_id)
         return Op(self.controller.call("copy_checkpoint", path, run_id))
 
     def close(self) -> None:
