@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..primitives import logs, tracing
+from ..primitives.arguments import check_text
 from ..primitives.client import ServiceClient
 from ..primitives.errors import (
     Busy,
@@ -46,6 +47,7 @@ from .access import Access
 from .completions import Completions
 from .futures import Answer, Futures
 from .quotas import Quota, TokenRates
+from .requests import MAX_SEQ_ID
 from .served_models import ServedModels
 from .settings import Settings
 from .store import Result, RunRow, SamplerRow, SessionRow, Store
@@ -485,9 +487,10 @@ class Gateway:
 
     async def skip(self, owner: str, run_id: Any, seq_id: Any) -> None:
         """Count an operation that was refused as done: its client has moved on."""
-        if not isinstance(run_id, str) or not isinstance(seq_id, int) or seq_id < 1:
+        if not isinstance(seq_id, int) or not 1 <= seq_id < MAX_SEQ_ID:
             return
         with contextlib.suppress(TinsmithError):
+            check_text("model_id", run_id)  # nothing has looked at it yet
             run = await self.run(owner, run_id)
             grant = await self._run_grant(run)
             run.arrive(seq_id)

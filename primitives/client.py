@@ -394,6 +394,7 @@ class TrainingClient(HasSync):
         valid = isinstance(share, int | float) and not isinstance(share, bool)
         if not valid or not 0 < share < float("inf"):
             raise InvalidInput(f"share must be a positive number, got {share!r}")
+        check_number("share", share)
         return self._submit("set_share", share=float(share))
 
     def save_state(

@@ -232,7 +232,8 @@ class SamplingParams:
         if not 0 < self.top_p <= 1:
             raise InvalidInput(f"top_p must be in (0, 1], got {self.top_p}")
         _check_seed(self.seed)
-        if self.stop is not None and not isinstance(self.stop, str | Sequence | np.ndarray):
+        listed = isinstance(self.stop, np.ndarray) and self.stop.ndim == 1
+        if self.stop is not None and not listed and not isinstance(self.stop, str | Sequence):
             raise InvalidInput(f"stop must be a string or a list, got {self.stop!r}")
         kinds = {type(item) for item in self.stop_list}
         if not (kinds <= {str} or kinds <= {int}):

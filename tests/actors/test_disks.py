@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import tinsmith
@@ -325,6 +326,47 @@ async def test_what_was_loaded_is_loaded_again_or_it_is_said_that_it_is_gone(tin
             tinsmith.CorruptLog, match=r"wal at byte 0: operation 1 \(load_state\).*path="
         ):
             await learner.recover("run")
+    await stop(learner)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        (MANIFEST, b"{}", "manifest.json"),
+        (MANIFEST, b"[" * 100_000, "manifest.json"),
+        (MANIFEST, b'{"base_model": "tiny", "lora": {"rank": 0}, "version": 1}', "rank"),
+        (MANIFEST, b'{"base_model": "tiny", "lora": {}, "version": -1}', "version"),
+        (adapter_files.CONFIG, b'{"r": 4, "lora_alpha": "32"}', "adapter_config.json is damaged"),
+        (adapter_files.CONFIG, b"\xff", "adapter_config.json is damaged"),
+        (adapter_files.WEIGHTS, b"\xff" * 8, "adapter_model.safetensors is damaged"),
+        ("optimizer.safetensors", b"", "optimizer state of .* is damaged"),
+        # One number for all, which could be taken for a whole moment.
+        ("optimizer.safetensors", {"exp_avg": torch.ones(1)}, "no exp_avg of"),
+        ("optimizer.safetensors", {"exp_avg_sq": -1}, "exp_avg_sq that no optimizer can have"),
+        ("optimizer.safetensors", {"step": torch.tensor(-1)}, "how many steps"),
+    ],
+)
+async def test_a_damaged_checkpoint_is_refused_with_what_is_wrong_and_changes_nothing(
+    tiny_llama, tmp_path, file, content, told
+):
+    learner = await started(tiny_llama, tmp_path, 1e9)
+    await learner.open_run("run", LORA, None, False)
+    for seq_id in (1, 2, 3):
+        await submit(learner, seq_id)
+    path, before = save(learner, "run", "saved"), learner.engine.state("run", True)
+    state = learner.engine.state("run")
+    del state["params"]
+    folder = tmp_path / "runs/run/weights/saved"
+    (folder / "optimizer.safetensors").write_bytes(safetensors.torch.save(state))
+    if isinstance(content, dict):
+        for name, value in content.items():
+            state[name] = torch.full_like(state[name], value) if isinstance(value, int) else value
+        content = safetensors.torch.save(state)
+    (folder / file).write_bytes(content)
+    with pytest.raises(tinsmith.InvalidInput, match=told):
+        await learner.submit("run", 4, "load_state", dict(path=path, optimizer=True))
+    for name, tensor in learner.engine.state("run", True).items():
+        assert torch.equal(tensor, before[name])
     await stop(learner)
 
 

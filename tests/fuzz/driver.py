@@ -92,7 +92,7 @@ def quiet() -> Iterator[None]:
     """Without the warnings that damage is meant to cause."""
     import logging
 
-    logging.disable(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:

@@ -80,7 +80,7 @@ def requests_to(service: Any) -> Iterator[Case]:
             return str(answer.status_code)
 
         yield case
-        _post(http, "/api/v1/unload_model", model_id=known["model_id"])
+        _post(http, f"/api/v1/sessions/{known['session_id']}/finish")  # and its runs
 
 
 def _known(http: httpx.Client) -> dict[str, Any]:
