@@ -14,7 +14,7 @@ PROCESSES = {
     "controller": r"ray::Controller(\..*)?",
     "environment worker": r"ray::EnvWorker(\..*)?",
     "environment": r".* tinsmith\.envs\.fork_server( .*)?",
-    "gateway": r".* app\(\) serve .*",
+    "gateway": r".* --multiprocessing-fork",  # the child that serves, of `tinsmith serve`
 }
 
 

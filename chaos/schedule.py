@@ -59,6 +59,8 @@ KINDS = (
     *(Kind("stop", name, 5, (0.1, 2.0)) for name in PROCESSES),
     Kind("turn away", "connections", 6, (0.1, 2.0)),
     Kind("kill", "environment worker", 2),
+    Kind("kill", "sampler pool", 1),
+    Kind("kill", "controller", 1),
 )
 
 
