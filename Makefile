@@ -5,7 +5,7 @@ STAMP := .venv/.setup-done
 # vLLM's CPU build, with which the tests run its engine too, is there for this platform.
 VLLM := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),.venv/.vllm-done)
 
-.PHONY: setup test lint format demo bench clean
+.PHONY: setup test lint format demo bench chaos soak fuzz clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,17 @@ demo: setup
 
 bench: setup $(VLLM)
 	$(PY) benchmarks/run_all.py $(ARGS)
+
+chaos: setup
+	$(PY) -m tests.tiny build/tiny-model
+	$(PY) -m tinsmith.chaos --model build/tiny-model --report docs/chaos-report.md $(ARGS)
+
+soak: setup
+	$(PY) -m tests.tiny build/tiny-model
+	$(PY) -m tinsmith.chaos.soak build/tiny-model $(ARGS)
+
+fuzz: setup
+	$(PY) -m tests.fuzz $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

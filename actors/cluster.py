@@ -163,7 +163,7 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
     import ray
 
     from . import telemetry
-    from .controller import Controller
+    from .controller import ON_THE_HEAD, Controller
     from .handle import RayHandle, leave_cluster
 
     if address is None:
@@ -182,6 +182,10 @@ def _start(address: str | None, home: str, options: dict[str, Any]) -> ServiceCl
             get_if_exists=True,
             lifetime=None if local else "detached",
             num_cpus=0,
+            resources=ON_THE_HEAD,
+            # One that dies comes back under the same handle; calls to it wait, and are made again.
+            max_restarts=-1,
+            max_task_retries=-1,
             runtime_env={"env_vars": told} if told else None,  # and of all that it starts
         )
         .remote(home, **options["actor"])

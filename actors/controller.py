@@ -1,6 +1,10 @@
 """The Controller actor: knows every run and checkpoint, and starts what serves them.
 
 It hands out grants (handles to learners and samplers); the work itself never passes through it.
+
+When it dies, Ray ends the actors that it started and starts it again under the same handle; calls to
+it wait, and are made again. It then knows what the registry, the logs and the checkpoints say, and
+starts an actor again when somebody needs it.
 """
 
 from __future__ import annotations
@@ -24,11 +28,11 @@ from ..engines.base_weights import BaseWeights
 from ..engines.layout import Layout
 from ..engines.vllm_coverage import Coverage
 from ..engines.vllm_start import VllmOptions
-from ..primitives.client import SamplerGrant
 from ..primitives.errors import InvalidInput, NotFound, TinsmithError, Unavailable
 from ..primitives.learner_link import RunGrant
 from ..primitives.op import Op
-from ..primitives.paths import CheckpointPath, check_name
+from ..primitives.paths import SCHEME, CheckpointPath, check_name
+from ..primitives.sampler_link import SamplerGrant
 from ..primitives.types import (
     Checkpoint,
     Crash,
@@ -40,17 +44,24 @@ from ..primitives.types import (
 )
 from ..primitives.validation import check_ttl
 from .archive import adapter_files
-from .controller_watch import ControllerWatch, Reports, left_behind, service_metrics
+from .controller_watch import (
+    ControllerWatch,
+    Reports,
+    died_before,
+    left_behind,
+    service_metrics,
+)
 from .deaths import Deaths
 from .env_worker import EnvWorker
-from .handle import MAX_WAITING_CALLS, RayHandle
+from .handle import MAX_WAITING_CALLS, ActorGone, RayHandle
 from .journal import log_folder
 from .learner import Learner
 from .learner_helper import LearnerHelper
-from .observed import Observed
+from .manifest import Manifest
+from .observed import Observed, own_notes
 from .placement import Placement, Plan, Seat, plan
 from .registry import Registry
-from .reservation import Reservation
+from .reservation import Reservation, release_left_over
 from .sampler_pool import SamplerPool
 from .scaling import Replicas
 from .storage import Storage
@@ -58,8 +69,14 @@ from .threads import ENGINE_ENV
 from .wal import REPLAY_SECONDS
 
 EXPIRY_SECONDS = 60.0
+# For actors that a service cannot do without: the head's node is the one whose loss ends a cluster anyway.
+ON_THE_HEAD = {"node:__internal_head__": 0.0001}
 
 logger = logging.getLogger(__name__)
+
+
+def _is_there(task: asyncio.Task[Any]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,9 @@ class Controller(Observed):
         self.watch = ControllerWatch(self.meters)
         self.deaths = Deaths(self.crashed)
         self.home = home
+        self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self.died = died_before(home) if self.restarted else None
+        self.notes = own_notes(home, "controller")
         self.registry = Registry(f"{home}/registry.sqlite")
         self.storage = Storage(home)
         self.learner_threads = learner_threads
@@ -102,12 +122,13 @@ class Controller(Observed):
         self.reorder_sampler_weights = reorder_sampler_weights
         self.layout = layout
         self.replay_seconds = replay_seconds
+        self.service = ray.get_runtime_context().get_session_name()  # of this cluster
         self.replicas = replicas or Replicas()
         self.placement = placement or Placement()
         self.places: dict[str, asyncio.Task[Place]] = {}  # by model folder
         self.started: dict[tuple[str, str], asyncio.Task[RayHandle]] = {}
         self.models: dict[str, tuple[str, str]] = {}
-        self.env_workers_running: list[tuple[list[RayHandle], Reservation]] = []
+        self.env_pools: dict[str, tuple[list[RayHandle], Reservation]] = {}
         self.open_runs: dict[str, str] = {}  # run -> folder of the model whose learner holds it
         self.openings: Counter[str] = Counter()  # how many are being opened, by that folder
         # By run: who opens or closes it, and who gives or takes its checkpoints' names. Two locks,
@@ -115,13 +136,24 @@ class Controller(Observed):
         self.opening: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.naming: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.expiry: asyncio.Task[None] | None = None
+        if self.restarted:
+            release_left_over()
+            # Whoever started the service did that the first time.
+            ray.get_runtime_context().current_actor.ping.remote()
 
     async def ping(self) -> str:
         if self.expiry is None:
             self.expiry = asyncio.create_task(self._keep_deleting_expired())
-            for crash in await asyncio.to_thread(left_behind, self.home):
+            if self.died is not None:
+                await self.crashed(self.died)
+            reason = "the controller died" if self.restarted else "the whole service ended"
+            for crash in await asyncio.to_thread(left_behind, self.home, reason):
                 await self.crashed(crash)
         return self.home
+
+    @property
+    def me(self) -> RayHandle:
+        return RayHandle(ray.get_runtime_context().current_actor, "controller")
 
     # ---- starting actors ----
 
@@ -155,13 +187,21 @@ class Controller(Observed):
                 await Op(handle.call("ping"))
                 return handle
             except Exception as error:
-                if self.started.get(key) is task:
+                gone = not _is_there(task) or isinstance(error, ActorGone)
+                if (gone or starting) and self.started.get(key) is task:
                     del self.started[key]
-                if starting or not isinstance(error, Unavailable):
+                    if _is_there(task):
+                        ray.kill(task.result().actor)  # it may only be out of reach
+                if starting or not gone or not isinstance(error, Unavailable):
                     raise
 
     async def _place(self, name: str, path: str) -> Place:
-        """Where a model's learner and samplers go, reserved by whoever asks first."""
+        """Where a model's learner and samplers go, reserved by whoever asks first.
+
+        Raises:
+            OutOfCapacity: there is no room for them.
+            Unavailable: there was, and is none now.
+        """
 
         async def reserve() -> Place:
             gpus = ray.cluster_resources().get("GPU", 0.0)
@@ -183,19 +223,25 @@ class Controller(Observed):
             reservation = await Reservation.make(what, planned.bundles, self.placement)
             return Place(planned, reservation, layout)
 
+        if path in self.places and _is_there(self.places[path]):
+            place = self.places[path].result()
+            if await asyncio.to_thread(place.reservation.given_back):
+                self.places.pop(path, None)
         if path not in self.places:
             self.places[path] = asyncio.create_task(reserve())
         task = self.places[path]
         try:
-            return await asyncio.shield(task)
+            place = await asyncio.shield(task)
         except TinsmithError:
             if self.places.get(path) is task:
                 del self.places[path]
             raise
+        await place.reservation.there()
+        return place
 
     async def _learner(self, base_model: str) -> RayHandle:
         name, path = await self._model(base_model)
-        me = RayHandle(ray.get_runtime_context().current_actor, "controller")
+        me = self.me
 
         async def start() -> RayHandle:
             self._forget_open_runs(path)  # they died with the learner before
@@ -218,6 +264,7 @@ class Controller(Observed):
                     self.base_weights,
                     place.layout,
                     self.replay_seconds,
+                    self.service,
                 )
             )
             handle = RayHandle(actor, "learner", self.home)
@@ -278,7 +325,7 @@ class Controller(Observed):
 
     async def sampler_handle(self, base_model: str) -> RayHandle:
         name, path = await self._model(base_model)
-        crashed = Reports(RayHandle(ray.get_runtime_context().current_actor, "controller"))
+        crashed = Reports(self.me)
 
         async def start() -> RayHandle:
             place = await self._place(name, path)
@@ -295,7 +342,7 @@ class Controller(Observed):
             )
             actor = (
                 ray.remote(SamplerPool)
-                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS)
+                .options(num_cpus=0, max_concurrency=MAX_WAITING_CALLS, resources=ON_THE_HEAD)
                 .remote(name, sampler, self.replicas, place.plan, place.reservation, crashed)
             )
             handle = RayHandle(actor, "sampler", self.home)
@@ -304,7 +351,12 @@ class Controller(Observed):
 
         return await self._running("sampler", path, start)
 
-    async def env_workers(self, base_model: str, count: int, max_concurrent: int) -> list[Any]:
+    async def env_workers(
+        self, pool: str, base_model: str, count: int, max_concurrent: int
+    ) -> list[RayHandle]:
+        """The environment workers of a client's `pool`, started by whoever asks first."""
+        if pool in self.env_pools:
+            return self.env_pools[pool][0]
         if count < 1:
             raise InvalidInput(f"num_workers must be at least 1, got {count}")
         _, path = await self._model(base_model)
@@ -327,20 +379,16 @@ class Controller(Observed):
             )
             for seat in seats
         ]
-        self.env_workers_running.append((list(workers), reservation))
+        self.env_pools[pool] = workers, reservation
         return workers
 
-    async def end_env_workers(self, workers: list[RayHandle]) -> None:
-        ended = {worker.actor for worker in workers}
+    async def end_env_workers(self, pool: str) -> None:
+        if pool not in self.env_pools:
+            return  # called again
+        workers, reservation = self.env_pools.pop(pool)
         for worker in workers:
             ray.kill(worker.actor)
-        running, self.env_workers_running = self.env_workers_running, []
-        for together, reservation in running:
-            left = [worker for worker in together if worker.actor not in ended]
-            if left:
-                self.env_workers_running.append((left, reservation))
-            else:
-                reservation.release()
+        reservation.release()
 
     # ---- runs ----
 
@@ -352,8 +400,10 @@ class Controller(Observed):
         path: str | None,
         optimizer: bool,
         user_metadata: dict[str, Any],
+        creation: str | None = None,
     ) -> RunGrant:
-        """A new run on `base_model` under `lora`, or from the checkpoint `path`.
+        """A new run on `base_model` under `lora`, or from the checkpoint `path`. `creation` names this
+        call: made again, because the controller died, it gives the run that it made before.
 
         Raises:
             InvalidInput: there is a run of that id already, or the sampling engine could not serve
@@ -361,17 +411,20 @@ class Controller(Observed):
         """
         check_name("run id", run_id)
         if path is not None:
-            manifest = await asyncio.to_thread(self.storage.read_manifest, path)
-            base_model, lora = manifest["base_model"], LoraConfig(**manifest["lora"])
+            manifest = await self._manifest(path)
+            base_model, lora = manifest.base_model, manifest.lora
         assert base_model is not None
         assert lora is not None
         name, _ = await self._model(base_model)
         async with self.opening[run_id]:
+            if creation is not None and self.registry.made_by(run_id, creation):
+                return await self._reopened(self.registry.run(run_id))
             if self.registry.has_run(run_id):
                 raise InvalidInput(f"run {run_id!r} exists already; take another id, or resume it")
             grant = await self._open(run_id, name, lora, path, optimizer)
             now = time.time()
-            self.registry.add_run(TrainingRun(run_id, name, lora, now, now, user_metadata))
+            run = TrainingRun(run_id, name, lora, now, now, user_metadata)
+            self.registry.add_run(run, creation)
         return grant
 
     async def resume_run(self, run_id: str, path: str | None, next_seq_id: int = 1) -> RunGrant:
@@ -434,6 +487,9 @@ class Controller(Observed):
         finally:
             self.openings[model_path] -= 1
         return RunGrant(run_id, name, model_path, learner, first)
+
+    async def _manifest(self, path: str) -> Manifest:
+        return Manifest.of(path, await asyncio.to_thread(self.storage.read_manifest, path))
 
     async def park_runs(self) -> None:
         """Take snapshots of all runs in memory, before the cluster ends."""
@@ -541,7 +597,7 @@ class Controller(Observed):
             }
             for wanted in ("learner", "sampler")
         )
-        workers = [worker for together, _ in self.env_workers_running for worker in together]
+        workers = [worker for together, _ in self.env_pools.values() for worker in together]
         own = self.watch.collect(self.registry)
         return await service_metrics(own, learners, pools, workers)
 
@@ -567,17 +623,27 @@ class Controller(Observed):
     # ---- samplers ----
 
     async def grant_sampler(self, base_model: str, policy: PolicyRef) -> SamplerGrant:
+        """The way to a sampler, which holds the policy: also where it was started anew since, for as
+        long as the run is open or the checkpoint there."""
         name, path = await self._model(base_model)
-        return SamplerGrant(name, path, await self.sampler_handle(base_model), policy)
+        sampler = await self.sampler_handle(base_model)
+        if policy.run_id is not None and not await Op(sampler.call("holds", policy)):
+            with contextlib.suppress(NotFound):  # whoever samples is told
+                if policy.run_id.startswith(SCHEME):
+                    return await self.grant_checkpoint_sampler(policy.run_id)
+                run = await self.reopen_run(policy.run_id)
+                await Op(run.learner.call("publish_again", policy.run_id, sampler))
+        return SamplerGrant(name, path, sampler, policy, self.me)
 
     async def grant_checkpoint_sampler(self, path: str) -> SamplerGrant:
         """Load a saved adapter into its base model's sampler, under its path as name."""
-        manifest = await asyncio.to_thread(self.storage.read_manifest, path)
+        manifest = await self._manifest(path)
         files = await asyncio.to_thread(adapter_files, self.storage, path)
-        version, lora = manifest["version"], LoraConfig(**manifest["lora"])
-        grant = await self.grant_sampler(manifest["base_model"], PolicyRef(path, version))
-        await Op(grant.sampler.call("add_adapter_files", path, version, lora, files))
-        return grant
+        version, lora = manifest.version, manifest.lora
+        name, model_path = await self._model(manifest.base_model)
+        sampler = await self.sampler_handle(manifest.base_model)
+        await Op(sampler.call("add_adapter_files", path, version, lora, files))
+        return SamplerGrant(name, model_path, sampler, PolicyRef(path, version), self.me)
 
     # ---- checkpoints: each change of a run's names under that run's lock ----
 
@@ -598,8 +664,8 @@ class Controller(Observed):
             except BaseException:
                 await asyncio.to_thread(self.storage.delete, staged)
                 raise
-            self.registry.add_checkpoint(checkpoint)
             self.registry.touch_run(checkpoint.run_id)
+            self.registry.add_checkpoint(checkpoint)  # if this fails, nothing has the name
 
     def _check_free(self, path: str) -> None:
         with contextlib.suppress(NotFound):

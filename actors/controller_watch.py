@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .deaths import log_crash, told
 from .gathering import gather, merge
 from .handle import RayHandle
 from .notes import FOLDER, read_notes
-from .observed import Meters
+from .observed import Meters, own_notes_path
 from .registry import Registry
 
 CRASHES_TOLD = 5  # as metrics
@@ -105,8 +106,18 @@ class Reports:
         await Op(self.controller.call("crashed", crash))
 
 
-def left_behind(home: str) -> list[Crash]:
-    """Of a service that ended before: what its processes were at. Their notes are deleted."""
+def died_before(home: str) -> Crash | None:
+    """Of the controller before this one, which left its notes under the same actor's id."""
+    noted = read_notes(own_notes_path(home))
+    if noted is None:
+        return None
+    owner, _ = noted
+    return Crash(time.time(), owner.process, owner.pid, owner.host, "it ended unexpectedly", [])
+
+
+def left_behind(home: str, reason: str) -> list[Crash]:
+    """Of a service, or a controller with its actors, that ended before: what its processes were at.
+    Their notes are deleted."""
     crashes = []
     for file in Path(home, FOLDER).glob("*") if "://" not in home else []:
         noted = read_notes(file)
@@ -115,7 +126,7 @@ def left_behind(home: str) -> list[Crash]:
             if owner.host != socket.gethostname() or _runs(owner.pid, file):
                 continue
             if under_way:
-                when, reason = file.stat().st_mtime, "the whole service ended"
+                when = file.stat().st_mtime
                 at = told(under_way, when)
                 crashes.append(Crash(when, owner.process, owner.pid, owner.host, reason, at))
         with contextlib.suppress(OSError):

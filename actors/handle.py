@@ -28,6 +28,10 @@ _pending: set[Future[Any]] = set()
 _END = object()
 
 
+class ActorGone(Unavailable):
+    """The actor's process ended, or its node is lost or cut off."""
+
+
 def typed_error(error: BaseException, actor: str, was_doing: str = "") -> BaseException:
     """The error of `errors.py` behind an error of Ray's; `was_doing` is told if the actor died."""
     if isinstance(error, RayTaskError):
@@ -38,7 +42,7 @@ def typed_error(error: BaseException, actor: str, was_doing: str = "") -> BaseEx
     if isinstance(error, TaskCancelledError):
         return OpCancelled(f"a call to the {actor} was cancelled")
     if isinstance(error, ActorDiedError | ActorUnavailableError | RayActorError):
-        return Unavailable(f"the {actor} actor is gone{was_doing}: {error}")
+        return ActorGone(f"the {actor} actor is gone{was_doing}: {error}")
     return error
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
-from ..primitives.errors import CorruptLog, StorageFailure
+from ..primitives.errors import CorruptLog, StorageFailure, Unavailable
 from . import records, snapshots
+from .published import PublishedWeights
 from .records import Record
 from .snapshots import About
 from .wal import Log, SyncThread
@@ -40,15 +41,27 @@ def new_run_key() -> str:
 
 
 class Journal:
-    """One run's. Not thread-safe but for `save`, which may run beside the rest."""
+    """One run's. Not thread-safe but for `save`, which may run beside the rest.
 
-    def __init__(self, folder: Path, thread: SyncThread, replay_seconds: float) -> None:
+    Args:
+        service: as for `Log`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        thread: SyncThread,
+        replay_seconds: float,
+        service: str | None = None,
+        empty: bool = False,
+    ) -> None:
         self.folder = folder
         self.replay_seconds = replay_seconds
         self.seconds = 0.0  # that replay would take
         self._longest = 0.0  # of one operation
         self._earlier = 0  # from where on the last snapshot needs the log
-        self.log = Log(folder, thread)
+        self.log = Log(folder, thread, service=service, empty=empty)
+        self.published = PublishedWeights(folder / "published")
         self._results: OrderedDict[int, Record] = OrderedDict()
         self._result_bytes = 0
         self._behind: list[Record] = []  # what could not be written yet, and goes before the next
@@ -59,6 +72,7 @@ class Journal:
         folder: Path,
         thread: SyncThread,
         replay_seconds: float,
+        service: str | None,
         about: About,
         state: dict[str, Tensor],
     ) -> Journal:
@@ -67,14 +81,13 @@ class Journal:
         Raises:
             StorageFailure: the disk is full or read-only.
         """
+        journal = cls(folder, thread, replay_seconds, service, empty=True)
         try:
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise StorageFailure(f"the log in {folder} cannot be made: {error}") from error
-        snapshots.write(folder, about, state)
-        return cls(folder, thread, replay_seconds)
+            snapshots.write(folder, about, state)
+        except BaseException:
+            journal.delete()
+            raise
+        return journal
 
     def read(self) -> tuple[About, dict[str, Tensor], list[tuple[int, Record]]]:
         """The newest snapshot that is whole and what the log has after it, with its positions.
@@ -127,6 +140,7 @@ class Journal:
         Raises:
             InvalidInput: it is too large.
             StorageFailure: it could not be written.
+            Unavailable: another process has taken the log.
         """
         while self._behind:
             self.log.append(self._behind[0].encode())
@@ -136,10 +150,10 @@ class Journal:
         return self.log.append(payload)
 
     def write_later(self, record: Record) -> None:
-        """Write a record if there is room, or else before the next one."""
+        """Write a record if that can be done now, or else before the next one."""
         try:
             self.write(record)
-        except StorageFailure as error:
+        except (StorageFailure, Unavailable) as error:
             self._behind.append(record)
             logger.warning("%s", error)
 
@@ -152,8 +166,16 @@ class Journal:
         self._results[record.seq_id] = record
         self._result_bytes += len(bytes(record.body))
         while self._result_bytes > SNAPSHOT_RESULT_BYTES or len(self._results) > SNAPSHOT_RESULTS:
-            _, oldest = self._results.popitem(last=False)
-            self._result_bytes -= len(bytes(oldest.body))
+            self._forget_oldest()
+
+    def forget_results(self, end: int) -> None:
+        """Of operations before `end`: nobody will ask for them."""
+        while self._results and next(iter(self._results)) < end:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        _, oldest = self._results.popitem(last=False)
+        self._result_bytes -= len(bytes(oldest.body))
 
     def results(self, before: int) -> list[Record]:
         """The newest of operations with lower numbers."""
@@ -179,7 +201,9 @@ class Journal:
 
         Raises:
             StorageFailure: it could not be written; what there was stays.
+            Unavailable: another process has taken the log.
         """
+        self.log.claim.check()
         snapshots.write(self.folder, about, state)
         self.log.trim(self._earlier)
         self._earlier = about.position

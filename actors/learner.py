@@ -18,13 +18,14 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from prometheus_client.metrics_core import Metric
@@ -37,7 +38,9 @@ from ..engines.learner import Finished, LearnerEngine
 from ..engines.memory import state_bytes
 from ..engines.memory_budget import available_bytes
 from ..engines.models import copies_folder
+from ..engines.optimizer import check_state
 from ..engines.passes import Group, PassRunner
+from ..engines.tensor_files import read_tensors
 from ..primitives.errors import (
     InvalidInput,
     NotFound,
@@ -62,6 +65,7 @@ from ..primitives.validation import check_ttl
 from . import records
 from .journal import Journal, log_folder, new_run_key
 from .learner_watch import LearnerWatch
+from .manifest import Manifest
 from .observed import Observed, own_notes
 from .run_log import BATCHES, EFFECTS, Entry, RunLog, finish, unhandled_is_fine
 from .snapshots import About
@@ -90,12 +94,12 @@ class Learner(Observed):
         weights: BaseWeights = "auto",
         layout: Layout | None = None,
         replay_seconds: float = REPLAY_SECONDS,
+        service: str | None = None,
     ) -> None:
         self.observe("learner")
         notes = own_notes(storage_root, f"learner of {base_model}")
         self.watch = LearnerWatch(self.meters, notes, self._batch_under_way)
-        self.replay_seconds = replay_seconds
-        self.sync_thread = SyncThread()
+        self.journals = (SyncThread(), replay_seconds, service)  # what all of them are opened with
         self.base_model = base_model
         self.model_path = model_path
         self.run_bytes = run_bytes
@@ -110,6 +114,10 @@ class Learner(Observed):
         self.logs: dict[str, RunLog] = {}
         self.recovering: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.mending: dict[str, asyncio.Task[None]] = {}  # runs whose log their disk has failed
+        self.failing: dict[str, RunLog] = {}  # their logs
+        # By run and number: the errors of operations that came meanwhile.
+        self.refused: defaultdict[str, dict[int, StorageFailure]] = defaultdict(dict)
+        self.taken: dict[str, asyncio.Task[None]] = {}  # runs that another learner has
         self.batches: dict[int, RunLog] = {}  # under way, by the engine's number
         self.sampler: Handle | None = None
         self.engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -202,7 +210,8 @@ class Learner(Observed):
         `next_seq_id`."""
         if path is not None:
             await self._settle_writes()
-            await asyncio.to_thread(self.storage.read_manifest, path)  # before anything is closed
+            told = await asyncio.to_thread(self.storage.read_manifest, path)
+            Manifest.of(path, told)  # before anything is closed
         await self.close_run(run_id)
         await self._in_engine(self.engine.create_run, run_id, lora)
         try:
@@ -220,7 +229,7 @@ class Learner(Observed):
                 position=0,
                 results=[],
             )
-            how = (self._log_folder(run_id), self.sync_thread, self.replay_seconds)
+            how = (self._log_folder(run_id), *self.journals)
             journal = await asyncio.to_thread(Journal.begin, *how, about, state)
         except BaseException:
             await self._in_engine(self.engine.drop_run, run_id)
@@ -234,7 +243,7 @@ class Learner(Observed):
             journal,
             about.run_key,
             self.wake.set,
-            self._mend_soon,
+            self._failed,
             about.next_seq_id,
             about.publish_steps,
             about.published,
@@ -284,13 +293,15 @@ class Learner(Observed):
                 is gone.
             OperationCrashed: replaying it has killed learners.
             StorageFailure: the log cannot be written.
-            Unavailable: another process has the run open.
+            Unavailable: a process of another service has the run open, or another learner has taken it
+                meanwhile.
         """
         async with self.recovering[run_id]:
             if crashed and (run_id in self.logs or run_id in self.mending):
                 return self._log(run_id).next_seq_id
-            how = (self._log_folder(run_id), self.sync_thread, self.replay_seconds)
+            how = (self._log_folder(run_id), *self.journals)
             journal, log = await asyncio.to_thread(Journal, *how), None
+            self.taken.pop(run_id, None)
             try:
                 about, state, written = await asyncio.to_thread(journal.read)
                 log = self._run_log(run_id, journal, about)
@@ -300,14 +311,9 @@ class Learner(Observed):
                 await self._in_engine(self.engine.create_run, run_id, about.lora, about.share)
                 params = state.pop("params")
                 await self._in_engine(self.engine.load, run_id, params, state, about.version)
-                if log.published or any(record.kind == "publish" for _, record in written):
-                    sampler = await self._sampler()
-                    log.republish = await Op(sampler.call("latest_version", run_id)) is None
                 self.logs[run_id] = log
                 await self._replay(log)
-                if log.published and log.republish:
-                    log.republish = False
-                    await (await self._in_engine(self._publication, log, False))
+                await self._publish_again(log)
                 if log.journal.log.failure is not None:
                     raise log.journal.log.failure
                 if crashed:
@@ -350,12 +356,15 @@ class Learner(Observed):
         before it took but never sent are passed over."""
         log = self._log(run_id)
         following = max([log.next_seq_id - 1, *log.waiting]) + 1
-        log.pass_over_missing(following, OpCancelled(f"another client took over run {run_id}"))
+        gone = OpCancelled(f"another client took over run {run_id}")
+        log.pass_over_missing(range(log.next_seq_id, following), gone)
         await asyncio.wrap_future(log.journal.on_disk())
         return following
 
     async def close_run(self, run_id: str) -> None:
         """Free a run's memory and delete its log. Operations still waiting fail."""
+        self.failing.pop(run_id, None)
+        self.refused.pop(run_id, None)
         mending = self.mending.pop(run_id, None)
         if mending is not None:
             mending.cancel()
@@ -388,11 +397,22 @@ class Learner(Observed):
         if log.snapshot is not None:
             await asyncio.wait({log.snapshot})
 
-    # ---- disks that fail ----
+    # ---- disks that fail, and runs that another learner has taken ----
 
-    def _mend_soon(self, log: RunLog) -> None:
-        if self.logs.get(log.run_id) is log and not self.recovering[log.run_id].locked():
+    def _failed(self, log: RunLog) -> None:
+        if self.logs.get(log.run_id) is not log or self.recovering[log.run_id].locked():
+            return
+        if log.taken:
+            self.taken[log.run_id] = asyncio.create_task(self._let_go(log))
+        else:
             self.mending[log.run_id] = asyncio.create_task(self._mend(log))
+            self.failing[log.run_id] = log
+
+    async def _let_go(self, log: RunLog) -> None:
+        logger.warning("run %s: %s", log.run_id, log.journal.log.failure)
+        await self._forget(log)
+        await self._settle_writes()
+        await asyncio.to_thread(log.journal.close)
 
     async def _mend(self, log: RunLog) -> None:
         """Open a run again when the disk that failed its log takes it again: what was on disk goes
@@ -410,6 +430,9 @@ class Learner(Observed):
                     logger.warning("run %s: %s; trying again", log.run_id, error)
                     await asyncio.sleep(MEND_SECONDS)
             again = self.logs[log.run_id]
+            # What came after it without a gap has nothing to wait for where it was refused.
+            for seq_id, refused in {**self.refused.pop(log.run_id, {}), **log.refused()}.items():
+                again.pass_over_missing([seq_id], refused)
             for seq_id, entry in log.unanswered.items():
                 if not entry.future.done():
                     result = again.results[seq_id]
@@ -425,6 +448,9 @@ class Learner(Observed):
         finally:
             if self.mending.get(log.run_id) is asyncio.current_task():
                 del self.mending[log.run_id]
+            if self.failing.get(log.run_id) is log:
+                del self.failing[log.run_id]
+                self.refused.pop(log.run_id, None)
 
     async def settle(self) -> None:
         """Wait until what is being saved is saved."""
@@ -439,28 +465,54 @@ class Learner(Observed):
         kind: str,
         args: dict[str, Any],
         answered: int = 1,
+        failed: Collection[int] = (),
+        delivered: int = 1,
         trace: str | None = None,
     ) -> Any:
         """Append operation `seq_id` to a run's log and wait for its result.
 
         Args:
-            answered: the client knows what became of all operations before this number: those that
-                are missing were refused, and are passed over.
+            answered, failed: the client knows what became of all operations before this number, and
+                that these, from it on, failed: those of them that are missing were refused, and are
+                passed over.
+            delivered: the client has the results of all operations before this number: they are kept
+                no longer.
             trace: the `traceparent` of who sent it.
         """
-        log = self._log(run_id)
-        future = log.results.get(seq_id)
+        known, future = self.logs.get(run_id) or self.failing.get(run_id), None
+        if known is not None:
+            known.forget_results(min(delivered, seq_id))
+            # What came before the disk failed is no longer refused: it is on disk, or was refused then.
+            future = known.results.get(seq_id)
         if future is None:
+            try:
+                log = self._log(run_id)
+            except StorageFailure as refused:
+                self.refused[run_id][seq_id] = refused
+                raise
             if seq_id < log.next_seq_id:
                 raise InvalidInput(
                     f"operation {seq_id} of run {run_id} was applied before; "
                     f"its result is no longer kept (next is {log.next_seq_id})"
                 )
-            refused = StorageFailure("it was refused, by a learner that died since")
-            log.pass_over_missing(min(answered, seq_id), refused)
+            gone = StorageFailure("it was refused, by a learner that died since")
+            missing = [*range(log.next_seq_id, min(answered, seq_id)), *failed]
+            log.pass_over_missing(missing, gone)
             future = log.append(seq_id, kind, args).future
             self.watch.accepted(run_id, seq_id, kind, args, future, trace)
         return await asyncio.shield(future)
+
+    async def outcome(self, run_id: str, seq_id: int) -> tuple[str, Any]:
+        """The kind and the result of an operation that came before.
+
+        Raises:
+            NotFound: it did not, or its result is not kept any more.
+        """
+        log = self._log(run_id)
+        result = log.results.get(seq_id)
+        if result is None:
+            raise NotFound(f"the log of run {run_id} has no result of operation {seq_id}")
+        return log.kinds[seq_id], await asyncio.shield(result)
 
     async def withdraw(self, run_id: str, seq_id: int) -> bool:
         """Take an operation that has not started out of the log; its number stays used."""
@@ -468,23 +520,27 @@ class Learner(Observed):
         entry = log.waiting.get(seq_id)
         if entry is None and seq_id >= log.next_seq_id:
             # Calls to an asyncio actor may overtake each other: withdrawn before it came.
-            entry = log.append(seq_id, "operation", {})
-        if entry is None or entry.kind == "skip" or entry.settled:
+            entry = log.append(seq_id, "skip", {})
+        elif entry is None or entry.kind == "skip" or entry.settled:
             return False
-        log.journal.write(records.operation(seq_id, "skip", {}))
-        gone = OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn")
-        entry.kind = "skip"
-        log.settle(entry, None, gone, False)
+        else:
+            log.journal.write(records.operation(seq_id, "skip", {}))
+        if not entry.settled:  # there was room to write it down
+            gone = OpCancelled(f"operation {seq_id} ({entry.kind}) withdrawn")
+            entry.kind = "skip"
+            log.settle(entry, None, gone, False)
         await asyncio.wait({entry.future})
-        return True
+        return isinstance(entry.future.exception(), OpCancelled)
 
     def _log(self, run_id: str) -> RunLog:
         log = self.logs.get(run_id)
-        if run_id in self.mending or (log is not None and log.failed):
+        if run_id in self.mending or (log is not None and log.failed and not log.taken):
             raise StorageFailure(
                 f"the log of run {run_id} cannot be written: its disk is full or broken. Nothing was "
                 "done; try again when there is room"
             )
+        if run_id in self.taken:
+            raise Unavailable(f"another learner has taken over run {run_id}: ask that one")
         if log is None:
             raise NotFound(
                 f"run {run_id!r} is not open on this learner; "
@@ -633,9 +689,9 @@ class Learner(Observed):
         """Make the weights the run's newest. `keep` holds this version for clients pinned to it
         when newer ones come; `every_step` publishes after every later step too."""
         log.publish_steps, log.published = log.publish_steps or every_step, True
-        if log.given_before and not log.republish:
+        if log.given_before:
             return None
-        return self._publication(log, keep)
+        return self._publication(log, keep, None if every_step else log.next_seq_id - 1)
 
     def _op_snapshot(self, log: RunLog, seconds: float, **about: Any) -> Coroutine[Any, Any, None]:
         state, version, share = self._whole_state(log.run_id)
@@ -694,6 +750,58 @@ class Learner(Observed):
         assert self.sampler is not None
         return self.sampler
 
+    async def _hand_out(self, work: Callable[[Handle], Coroutine[Any, Any, None]]) -> None:
+        """`work` with the samplers; if they die under it, with those that take their place.
+
+        Raises:
+            Unavailable: they cannot be started, or live and have failed.
+        """
+        while True:
+            sampler = await self._sampler()
+            try:
+                return await work(sampler)
+            except Unavailable:
+                self.sampler = None
+                if await self._sampler() == sampler:
+                    raise
+
+    async def publish_again(self, run_id: str, sampler: Handle | None = None) -> None:
+        """Give the samplers (`sampler`, if others took their place) what the run has published, if
+        they were started anew."""
+        self.sampler = sampler or self.sampler
+        await self._publish_again(self._log(run_id))
+
+    async def _publish_again(self, log: RunLog) -> None:
+        async def refill(sampler: Handle) -> None:
+            if await self._refill(log, sampler) and log.publish_steps:
+                newest = await self._in_engine(self._weights, log.run_id)
+                await asyncio.wrap_future(log.journal.on_disk())
+                await Op(sampler.call("add_adapter", log.run_id, *newest, False))
+
+        if log.published:
+            async with log.publishing:
+                await self._hand_out(refill)
+
+    async def _refill(self, log: RunLog, sampler: Handle) -> bool:
+        """Samplers that hold nothing of a run get the weights that it published by operations of
+        their own, before they get anything newer. Whether they held nothing."""
+        if log.holder == sampler:
+            return False
+        empty = await Op(sampler.call("latest_version", log.run_id)) is None
+        if empty:
+            config = self.engine.runs[log.run_id].config
+            saved = log.journal.published.read()
+            while (weights := await asyncio.to_thread(next, saved, None)) is not None:
+                version, flat, keep = weights
+                await Op(sampler.call("add_adapter", log.run_id, version, config, flat, keep))
+        log.holder = sampler
+        return empty
+
+    def _weights(self, run_id: str) -> tuple[int, LoraConfig, np.ndarray]:
+        """Version, configuration and parameters, as they are now."""
+        run = self.engine.runs[run_id]
+        return run.version, run.config, self.engine.export(run_id).numpy()
+
     def _with_publication(self, log: RunLog, response: Any) -> Any:
         """`response`, once the weights that came with it are published, if they are to be."""
         if not log.publish_steps or log.given_before:
@@ -709,21 +817,32 @@ class Learner(Observed):
 
         return publish()
 
-    def _publication(self, log: RunLog, keep: bool) -> Coroutine[Any, Any, PublishResponse]:
-        run_id, run = log.run_id, self.engine.runs[log.run_id]
-        flat, version, config = self.engine.export(run_id).numpy(), run.version, run.config
+    def _publication(
+        self, log: RunLog, keep: bool, saved_as: int | None = None
+    ) -> Coroutine[Any, Any, PublishResponse]:
+        """`saved_as`: also write the weights beside the log, under that operation's number."""
+        run_id = log.run_id
+        version, config, flat = self._weights(run_id)
+
+        async def add(sampler: Handle) -> None:
+            await self._refill(log, sampler)
+            await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
 
         async def send() -> PublishResponse:
             started = time.perf_counter()
             # A run's versions reach the sampler in order: the last to arrive is what is live.
             await asyncio.wrap_future(log.journal.on_disk())
             async with log.publishing:
-                sampler = await self._sampler()
-                try:
-                    await Op(sampler.call("add_adapter", run_id, version, config, flat, keep))
-                except Unavailable:
-                    self.sampler = None  # the next publication goes to its successor
-                    raise
+                log.journal.log.claim.check()
+                if saved_as is not None:
+                    await asyncio.gather(
+                        asyncio.to_thread(
+                            log.journal.published.save, saved_as, version, flat, keep
+                        ),
+                        self._hand_out(add),
+                    )
+                else:
+                    await self._hand_out(add)
             return PublishResponse(version, time.perf_counter() - started)
 
         return send()
@@ -746,20 +865,14 @@ class Learner(Observed):
         version, layout = run.version, run.layout
         seq_id = log.next_seq_id - 1
         operation = f"{log.run_key}:{seq_id}"
-        manifest = {
-            "operation": operation,
-            "base_model": self.base_model,
-            "lora": asdict(run.config),
-            "version": version,
-            "user_metadata": metadata,
-        }
+        manifest = Manifest(self.base_model, run.config, version, metadata, operation)
 
         def write() -> tuple[Checkpoint, str]:
             params = state.pop("params")
             files = adapter_files.write_adapter(layout, params, self.base_model)
             if state:
                 files["optimizer.safetensors"] = safetensors.torch.save(state)
-            files[MANIFEST] = json.dumps(manifest, indent=1).encode()
+            files[MANIFEST] = json.dumps(asdict(manifest), indent=1).encode()
             staged, now = self.storage.stage(path.folder, files), time.time()
             checkpoint = Checkpoint(
                 str(path),
@@ -782,6 +895,7 @@ class Learner(Observed):
             async with self.writing:  # in order: of two saves by one name the later one stays
                 checkpoint, staged = await asyncio.to_thread(write)
                 # The controller alone gives out names: saving, copying and deleting cannot collide.
+                log.journal.log.claim.check()
                 await Op(self.controller.call("add_checkpoint", checkpoint, staged, overwrite))
             return SaveResponse(str(path))
 
@@ -797,10 +911,11 @@ class Learner(Observed):
 
     def _load_checkpoint(self, run_id: str, path: str, optimizer: bool, resume: bool) -> None:
         """Load weights (and optimizer); `resume` also takes over the checkpoint's version."""
-        files, manifest = self.storage.read_checkpoint(path)
-        if manifest["base_model"] != self.base_model:
+        files, told = self.storage.read_checkpoint(path)
+        manifest = Manifest.of(path, told)
+        if manifest.base_model != self.base_model:
             raise InvalidInput(
-                f"{path} was trained on {manifest['base_model']!r}, this run on {self.base_model!r}"
+                f"{path} was trained on {manifest.base_model!r}, this run on {self.base_model!r}"
             )
         run = self.engine.runs[run_id]
         params = adapter_files.read_adapter(files, run.layout)
@@ -808,8 +923,9 @@ class Learner(Observed):
         if optimizer:
             if "optimizer.safetensors" not in files:
                 raise InvalidInput(f"{path} holds no optimizer state: it was saved for sampling")
-            state = safetensors.torch.load(files["optimizer.safetensors"])
-        self.engine.load(run_id, params, state, manifest["version"] if resume else None)
+            state = read_tensors(files["optimizer.safetensors"], f"the optimizer state of {path}")
+            check_state(state, run.params, path)
+        self.engine.load(run_id, params, state, manifest.version if resume else None)
 
 
 def _pass_on(future: asyncio.Future[Any], done: asyncio.Future[Any]) -> None:

@@ -7,6 +7,7 @@ are in the logs of their runs.)
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import socket
@@ -20,6 +21,8 @@ FOLDER = "processes"  # below the home
 SLOT = 256
 SLOTS = 256  # of operations; more at once are not noted
 FREE, UNDER_WAY, IN_PASS = range(3)
+
+logger = logging.getLogger(__name__)
 
 
 class Doing(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -52,7 +55,7 @@ class Notes:
     """Written by one process, from any of its threads.
 
     Args:
-        path: the file; None: nothing is noted.
+        path: the file; None, or where the disk has no room for it: nothing is noted.
         process: what the process is.
     """
 
@@ -61,10 +64,15 @@ class Notes:
         self._free = list(range(SLOTS, 0, -1))
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb+") as file:
-            file.truncate(SLOT * (1 + SLOTS))
-            self._map = mmap.mmap(file.fileno(), 0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb+") as file:
+                # Room for all of it now: of a full disk's hole a mapped page kills who writes to it.
+                os.posix_fallocate(file.fileno(), 0, SLOT * (1 + SLOTS))
+                self._map = mmap.mmap(file.fileno(), 0)
+        except OSError as error:
+            logger.warning("nothing will be told of what the %s was doing: %s", process, error)
+            return
         self._write(0, msgspec.json.encode(Owner(process, os.getpid(), socket.gethostname())))
 
     def _write(self, slot: int, body: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -75,8 +76,13 @@ class Observed:
 def own_notes(home: str | None, process: str) -> Notes:
     """Notes of this process under its actor's id, where a `RayHandle` finds them; where it is no
     actor, none."""
+    return Notes(own_notes_path(home), process)
+
+
+def own_notes_path(home: str | None) -> Path | None:
+    """Where an actor that restarts also finds those of the process before it."""
     actor = _actor_id()
-    return Notes(None if actor is None or home is None else notes_path(home, actor), process)
+    return None if actor is None or home is None else notes_path(home, actor)
 
 
 def _actor_id() -> str | None:

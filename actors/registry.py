@@ -12,11 +12,13 @@ from typing import Any
 
 from ..primitives.errors import NotFound
 from ..primitives.types import Checkpoint, Crash, Interrupted, LoraConfig, TrainingRun
+from .database import Database
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run_id TEXT PRIMARY KEY, base_model TEXT NOT NULL, lora TEXT NOT NULL,
-    user_metadata TEXT NOT NULL, created REAL NOT NULL, last_request REAL NOT NULL);
+    user_metadata TEXT NOT NULL, created REAL NOT NULL, last_request REAL NOT NULL,
+    creation TEXT);
 CREATE TABLE IF NOT EXISTS checkpoints (
     path TEXT PRIMARY KEY, run_id TEXT NOT NULL REFERENCES runs(run_id) ON DELETE CASCADE,
     kind TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, created REAL NOT NULL,
@@ -28,16 +30,17 @@ CREATE TABLE IF NOT EXISTS crashes (
 """
 CRASHES_KEPT = 1000
 # What came after the first version; added to the files that it wrote.
-ADDED = {"expires": "REAL", "public": "INTEGER NOT NULL DEFAULT 0"}
+ADDED = {
+    ("checkpoints", "expires"): "REAL",
+    ("checkpoints", "public"): "INTEGER NOT NULL DEFAULT 0",
+    ("runs", "creation"): "TEXT",
+}
 
 
 class Registry:
     def __init__(self, path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        # Autocommit: every statement is durable when it returns.
-        self.db = sqlite3.connect(path, isolation_level=None, timeout=30)
-        self.db.row_factory = sqlite3.Row
-        self.db.execute("PRAGMA journal_mode=WAL")
+        self.db = Database(path)
         self.db.execute("PRAGMA foreign_keys=ON")
         self.db.executescript(SCHEMA)
         self._add_columns()
@@ -47,17 +50,22 @@ class Registry:
             self.db.execute(
                 "BEGIN IMMEDIATE"
             )  # and look again: another process may have added them
-            for name in self._missing_columns():
-                self.db.execute(f"ALTER TABLE checkpoints ADD COLUMN {name} {ADDED[name]}")
+            for table, name in self._missing_columns():
+                self.db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {ADDED[table, name]}")
             self.db.execute("COMMIT")
 
-    def _missing_columns(self) -> list[str]:
-        there = {row["name"] for row in self.db.execute("PRAGMA table_info(checkpoints)")}
-        return [name for name in ADDED if name not in there]
+    def _missing_columns(self) -> list[tuple[str, str]]:
+        there = {
+            (table, row["name"])
+            for table in ("runs", "checkpoints")
+            for row in self.db.execute(f"PRAGMA table_info({table})")
+        }
+        return [column for column in ADDED if column not in there]
 
-    def add_run(self, run: TrainingRun) -> None:
+    def add_run(self, run: TrainingRun, creation: str | None = None) -> None:
+        """`creation` names the call that made it."""
         self.db.execute(
-            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 run.run_id,
                 run.base_model,
@@ -65,6 +73,7 @@ class Registry:
                 json.dumps(run.user_metadata),
                 run.created,
                 run.last_request,
+                creation,
             ),
         )
 
@@ -81,6 +90,11 @@ class Registry:
         return (
             self.db.execute("SELECT 1 FROM runs WHERE run_id=?", (run_id,)).fetchone() is not None
         )
+
+    def made_by(self, run_id: str, creation: str) -> bool:
+        """Whether there is that run, made by that call."""
+        found = self.db.execute("SELECT creation FROM runs WHERE run_id=?", (run_id,)).fetchone()
+        return found is not None and found["creation"] == creation
 
     def runs(self) -> list[TrainingRun]:
         return [_run(r) for r in self.db.execute("SELECT * FROM runs ORDER BY created DESC")]
@@ -154,6 +168,7 @@ class Registry:
 
 def _run(row: sqlite3.Row) -> TrainingRun:
     fields = dict(row)
+    del fields["creation"]
     fields["lora"] = LoraConfig(**json.loads(fields["lora"]))
     fields["user_metadata"] = json.loads(fields["user_metadata"])
     return TrainingRun(**fields)

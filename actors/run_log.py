@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..primitives.errors import (
     CorruptLog,
     InvalidInput,
+    OpCancelled,
     OperationCrashed,
     StorageFailure,
+    Unavailable,
 )
+from ..primitives.op import Handle
 from . import records
 from .journal import Journal
 from .records import Record
@@ -53,15 +56,16 @@ class RunLog:
     Attributes:
         run_key: names this opening of the run in the checkpoints that it saves.
         wake: called when there may be something to do.
-        on_disk_failure: called once when the disk fails the log: nothing more comes of it, and what
-            the disk has kept goes on when the run is opened again.
+        on_failure: called once when the disk fails the log, or another learner has taken it: nothing
+            more comes of it here, and what the disk has kept goes on when the run is opened again.
         publish_steps, published: whether every operation that changes the weights publishes them,
             and whether any has.
         replayed: operations up to this number had come to a learner before this one.
         suspect_until: operations up to this number are done alone: learners have died of one of them,
             or of what another run did at the time.
         given_before: the operation being applied had its result from a learner before this one.
-        republish: the samplers have nothing of it: they are to get again what they had.
+        results, kinds: of the last operations, by number.
+        holder: the samplers that hold what it has published.
         unanswered: operations that have come, without a result given, by number.
         snapshot: the one under way.
         demanded: a snapshot that is to be taken whatever it costs.
@@ -75,13 +79,13 @@ class RunLog:
     journal: Journal
     run_key: str
     wake: Callable[[], None]
-    on_disk_failure: Callable[[RunLog], None]
+    on_failure: Callable[[RunLog], None]
     next_seq_id: int = 1
     publish_steps: bool = False
     published: bool = False
     replayed: int = 0
     suspect_until: int = 0
-    republish: bool = False
+    holder: Handle | None = None
     given_before: bool = False
     closed: bool = False
     failed: bool = False
@@ -94,9 +98,15 @@ class RunLog:
     under_way: Entry | None = None
     unanswered: dict[int, Entry] = field(default_factory=dict)
     results: OrderedDict[int, asyncio.Future[Any]] = field(default_factory=OrderedDict)
+    kinds: dict[int, str] = field(default_factory=dict)
     snapshot: asyncio.Future[Any] | None = None
     demanded: asyncio.Future[Any] | None = None
     reached: tuple[int, asyncio.Future[Any]] | None = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether another learner has taken the run."""
+        return isinstance(self.journal.log.failure, Unavailable)
 
     # ---- what comes ----
 
@@ -109,27 +119,42 @@ class RunLog:
             return self.pass_over(seq_id, error)
         return self._wait(seq_id, kind, args, position)
 
-    def pass_over(self, seq_id: int, error: Exception) -> Entry:
+    def pass_over(self, seq_id: int, error: BaseException) -> Entry:
         """Let a number be used up, by an operation that failed with this error."""
         entry = self._wait(seq_id, "skip", {}, self.journal.log.end)
         self.journal.write_later(records.operation(seq_id, "skip", {}))
         self.settle(entry, None, error, False)
         return entry
 
-    def pass_over_missing(self, end: int, error: Exception) -> None:
-        """All numbers before `end` that have not come."""
-        for seq_id in range(self.next_seq_id, end):
-            if seq_id not in self.waiting:
+    def pass_over_missing(self, numbers: Iterable[int], error: BaseException) -> None:
+        """Those of these numbers that have not come."""
+        for seq_id in numbers:
+            if seq_id >= self.next_seq_id and seq_id not in self.waiting:
                 self.pass_over(seq_id, error)
+
+    def refused(self) -> dict[int, BaseException]:
+        """The errors of operations that failed, as far as they are kept, by number."""
+        done = {n: f for n, f in self.results.items() if f.done() and not f.cancelled()}
+        return {n: error for n, f in done.items() if (error := f.exception()) is not None}
+
+    def forget_results(self, end: int) -> None:
+        """Of all operations before `end`: the client has them."""
+        while self.results:
+            seq_id, result = next(iter(self.results.items()))
+            if seq_id >= end or not result.done():
+                break
+            del self.results[seq_id]
+        self.journal.forget_results(end)
 
     def _wait(self, seq_id: int, kind: str, args: dict[str, Any], position: int) -> Entry:
         # A result that no caller waits for any more is not an unhandled error.
         future = unhandled_is_fine(asyncio.get_running_loop().create_future())
         entry = Entry(kind, args, future, seq_id=seq_id, position=position)
         self.waiting[seq_id] = self.unanswered[seq_id] = entry
-        self.results[seq_id] = future
+        self.results[seq_id], self.kinds[seq_id] = future, kind
         while len(self.results) > RESULTS_KEPT and next(iter(self.results.values())).done():
-            self.results.popitem(last=False)
+            oldest, _ = self.results.popitem(last=False)
+            del self.kinds[oldest]
         self.wake()
         return entry
 
@@ -160,7 +185,8 @@ class RunLog:
         asyncio.wrap_future(self.journal.on_disk()).add_done_callback(give)
 
     def _fail(self) -> None:
-        """The disk failed: what it has not kept is refused, what it has kept is done again."""
+        """The disk failed: what it has not kept is refused, what it has kept is done again. Or another
+        learner has taken the run: it is asked for all that was not answered."""
         if self.failed:
             return
         self.failed = True
@@ -168,13 +194,14 @@ class RunLog:
         failure = self.journal.log.failure
         assert failure is not None
         for entry in self.unanswered.values():
-            if entry.position >= self.journal.log.synced_end and not entry.future.done():
+            lost = self.taken or entry.position >= self.journal.log.synced_end
+            if lost and not entry.future.done():
                 entry.future.set_exception(failure)
         for waiting in (self.demanded, self.reached and self.reached[1]):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(failure)
         self.demanded = self.reached = None
-        self.on_disk_failure(self)
+        self.on_failure(self)
 
     def _cannot_replay(self, entry: Entry, error: BaseException) -> None:
         """It had been done, and what came after it rests on it."""
@@ -259,7 +286,7 @@ class RunLog:
         """A result that may be asked for again."""
         future = unhandled_is_fine(asyncio.get_running_loop().create_future())
         finish(future, *record.outcome())
-        self.results[record.seq_id] = future
+        self.results[record.seq_id], self.kinds[record.seq_id] = future, record.kind
         self.journal.keep(record)
         return future
 
@@ -287,6 +314,11 @@ class RunLog:
                 result = records.result(seq_id, kind, None, error, False)
                 self.journal.write_later(result)
                 kind = "skip"
+            if kind == "skip" and result is None:
+                # Of what was withdrawn or refused; nobody was told of it yet.
+                gone = OpCancelled(f"operation {seq_id} was withdrawn or refused before the crash")
+                result = records.result(seq_id, kind, None, gone, False)
+                self.journal.write_later(result)
             if result is None:
                 self._wait(seq_id, kind, args, position)
             else:

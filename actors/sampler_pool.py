@@ -22,9 +22,15 @@ from prometheus_client.metrics_core import Metric
 
 from ..engines.adapter_store import AdapterKey, AdapterStore
 from ..engines.vllm_start import VllmOptions
-from ..primitives.errors import Busy, Unavailable
+from ..primitives.errors import Busy, NotFound, Unavailable
 from ..primitives.op import Op
-from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
+from ..primitives.types import (
+    LoraConfig,
+    PolicyRef,
+    SampledToken,
+    SampleRequest,
+    SampleResponse,
+)
 from .deaths import Deaths, Report
 from .gathering import INNER_PATIENCE_S, gather
 from .handle import MAX_WAITING_CALLS, RayHandle
@@ -143,6 +149,8 @@ class SamplerPool(Withdrawable, Observed):
             logger.warning("a sampler of %s did not start: %s", self.name, task.exception())
 
     async def _started(self, seat: Seat) -> None:
+        if seat.bundle is not None:
+            await self.reservation.there()
         args = dict(self.sampler_args)
         if args["vllm"] is not None and 0 < seat.gpus < 1:
             args["vllm"] = _on_a_part(args["vllm"], seat.gpus)
@@ -286,6 +294,13 @@ class SamplerPool(Withdrawable, Observed):
 
     async def latest_version(self, run_id: str) -> int | None:
         return self.adapters.newest(run_id)
+
+    async def holds(self, policy: PolicyRef) -> bool:
+        try:
+            self.adapters.resolve(policy)
+        except NotFound:
+            return False
+        return True
 
     def _sweep(self) -> None:
         self.adapters.sweep(+self._using)

@@ -1,7 +1,7 @@
 """Snapshots of a run: all that its next operations depend on, in a folder beside its log.
 
 Written under a temporary name, fsynced, renamed: there whole or not at all. The tensors are
-safetensors, the rest msgpack with their checksum.
+safetensors, the rest msgpack with their checksum, behind its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import uuid
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from torch import Tensor
 from ..primitives import codec
 from ..primitives.errors import CorruptLog, StorageFailure
 from ..primitives.types import LoraConfig
+from . import durable
 from .records import Record
 
-_STATE, _ABOUT, _TEMPORARY = "state.safetensors", "about.msgpack", ".tmp-snapshot"
+_STATE, _ABOUT, _TEMPORARY = "state.safetensors", "about.msgpack", ".tmp-snapshot-"
 _NAME = re.compile(r"snapshot-\d{20}")
 
 
@@ -62,20 +64,23 @@ def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
     kept = {name: tensor for name, tensor in state.items() if name == "step" or tensor.any()}
     data = safetensors.torch.save(kept)
     about = replace(about, checksum=zlib.crc32(data))
-    staged = folder / _TEMPORARY
+    staged = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
     earlier = there(folder)
     number = 1 + (_number(earlier[-1]) if earlier else 0)
     try:
-        shutil.rmtree(staged, ignore_errors=True)
+        for left in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
         staged.mkdir(parents=True)
-        for name, content in ((_STATE, data), (_ABOUT, codec.encode(about))):
+        told = codec.encode(about)
+        sealed = zlib.crc32(told).to_bytes(4, "little") + told
+        for name, content in ((_STATE, data), (_ABOUT, sealed)):
             with open(staged / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync(staged)
+        durable.sync(staged)
         staged.rename(folder / f"snapshot-{number:020d}")
-        _sync(folder)
+        durable.sync(folder)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise StorageFailure(f"no snapshot could be written to {folder}: {error}") from error
@@ -96,7 +101,10 @@ def read(snapshot: Path) -> tuple[About, dict[str, Tensor]]:
         CorruptLog: it is damaged.
     """
     try:
-        about = codec.decode((snapshot / _ABOUT).read_bytes(), About)
+        sealed = (snapshot / _ABOUT).read_bytes()
+        if zlib.crc32(sealed[4:]) != int.from_bytes(sealed[:4], "little"):
+            raise CorruptLog(f"{snapshot / _ABOUT} is damaged: its checksum is another")
+        about = codec.decode(sealed[4:], About)
         data = (snapshot / _STATE).read_bytes()
         if zlib.crc32(data) != about.checksum:
             raise CorruptLog(f"{snapshot / _STATE} is damaged: its checksum is another")
@@ -116,11 +124,3 @@ def set_aside(snapshot: Path) -> None:
 
 def _number(snapshot: Path) -> int:
     return int(snapshot.name.removeprefix("snapshot-"))
-
-
-def _sync(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import msgspec
+from fsspec.implementations.local import LocalFileSystem
 
-from ..primitives.errors import NotFound
+from ..primitives.errors import InvalidInput, NotFound, StorageFailure
 from ..primitives.paths import CheckpointPath
+from . import durable
 
 MANIFEST = "manifest.json"
 
@@ -25,6 +28,7 @@ class Storage:
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
         self.fs, self.base = fsspec.core.url_to_fs(self.root)
+        self._local = isinstance(self.fs, LocalFileSystem)
 
     def _path(self, folder: str) -> str:
         return f"{self.base.rstrip('/')}/{folder}"
@@ -36,34 +40,75 @@ class Storage:
 
     def stage(self, folder: str, files: Mapping[str, bytes]) -> str:
         """Write files that will be `folder` once `commit` is called; returns their name until
-        then. What is never committed is only a `.tmp-` folder."""
+        then. What is never committed is only a `.tmp-` folder.
+
+        Raises:
+            StorageFailure: the disk is full, read-only or broken.
+        """
         staged = _temporary(folder)
-        self.fs.makedirs(self._path(staged), exist_ok=True)
-        for file, data in files.items():
-            self.fs.pipe_file(self._path(f"{staged}/{file}"), data)
+        with self._writing(folder, staged):
+            for file, data in files.items():
+                self.fs.pipe_file(self._path(f"{staged}/{file}"), data)
         return staged
+
+    @contextlib.contextmanager
+    def _writing(self, folder: str, staged: str) -> Iterator[None]:
+        """Into the new folder `staged`, which is on disk afterwards, or not there."""
+        path = self._path(staged)
+        try:
+            if self._local:
+                durable.make_folder(Path(path))
+            else:
+                self.fs.makedirs(path, exist_ok=True)
+            yield
+            if self._local:
+                for each in (*Path(path).iterdir(), Path(path)):
+                    durable.sync(each)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.delete(staged)
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise StorageFailure(
+                f"{folder} cannot be written to {self.root}: {error}. Nothing was saved; try again "
+                "when there is room"
+            ) from error
 
     def stage_copy(self, path: str, folder: str) -> tuple[str, int]:
         """`stage` with the files of the checkpoint `path`; also returns their size in bytes."""
         source, files = CheckpointPath.parse(path).folder, self.files(path)
         staged = _temporary(folder)
-        self.fs.makedirs(self._path(staged), exist_ok=True)
         try:
-            for file in files:
-                self.fs.cp_file(self._path(f"{source}/{file}"), self._path(f"{staged}/{file}"))
+            with self._writing(folder, staged):
+                for file in files:
+                    self.fs.cp_file(self._path(f"{source}/{file}"), self._path(f"{staged}/{file}"))
         except FileNotFoundError:
-            self.delete(staged)
             raise _no_checkpoint(path) from None
         return staged, sum(files.values())
 
     def commit(self, staged: str, folder: str) -> None:
         """Put what was staged in place, instead of what has that name. A reader sees either all
-        files or none. One caller at a time for one folder."""
+        files or none. One caller at a time for one folder.
+
+        Raises:
+            StorageFailure: that could not be had on disk; what has that name is as it was.
+        """
         replaced = f"{staged}-replaced"
         if self.exists(folder):
-            self.fs.mv(self._path(folder), self._path(replaced), recursive=True)
-        self.fs.mv(self._path(staged), self._path(folder), recursive=True)
+            self._move(folder, replaced)
+        self._move(staged, folder)
+        if self._local:
+            try:
+                durable.sync(Path(self._path(folder)).parent)
+            except OSError as error:
+                self._move(folder, staged)
+                if self.exists(replaced):
+                    self._move(replaced, folder)
+                raise StorageFailure(f"{folder} could not be kept: {error}") from error
         self.delete(replaced)
+
+    def _move(self, folder: str, to: str) -> None:
+        self.fs.mv(self._path(folder), self._path(to), recursive=True)
 
     def delete(self, folder: str) -> None:
         if self.exists(folder):
@@ -107,18 +152,26 @@ class Storage:
             raise _no_checkpoint(path) from None
 
     def read_checkpoint(self, path: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """All files of the checkpoint `tinker://…` by name, and its manifest. Errors as `files`."""
+        """All files of the checkpoint `tinker://…` by name, and its manifest. Errors as
+        `read_manifest`."""
         files = {}
         for file in self.files(path):
             with self.open(path, file) as stream:
                 files[file] = stream.read()
-        return files, json.loads(files[MANIFEST])
+        return files, _manifest(path, files[MANIFEST])
 
     def read_manifest(self, path: str) -> dict[str, Any]:
-        """What the checkpoint's manifest says. Errors as `files`."""
+        """What the checkpoint's manifest says. Errors as `files`; `InvalidInput` if it is damaged."""
         self.files(path)
         with self.open(path, MANIFEST) as stream:
-            return json.loads(stream.read())
+            return _manifest(path, stream.read())
+
+
+def _manifest(path: str, data: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise InvalidInput(f"checkpoint {path} is damaged: its {MANIFEST}: {error}") from error
 
 
 def _temporary(folder: str) -> str:

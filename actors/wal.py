@@ -1,7 +1,8 @@
 """A write-ahead log: records in files, in order, each whole or not there.
 
-A log is a folder of segments, each named by the position of its first byte in the whole. A record
-is a header (magic, length, how far the log was known to be on disk, CRC-32 of it all) and its
+A log is a folder of segments, each named by the position of its first byte in the whole, and by
+the claim (`claim.py`) of the process that wrote it. A segment ends where one of a later claim begins:
+what a process writes that has lost its claim is not in the log. A record is a header (magic, length, how far the log was known to be on disk, CRC-32 of it all) and its
 bytes. `append` writes; one thread fsyncs whatever logs were written to since it last looked, many
 records of many logs for the price of one. After a crash the log ends at its last whole record.
 What is not whole before a record that knew of it is no crash's doing, and refused.
@@ -10,36 +11,49 @@ What is not whole before a record that knew of it is no crash's doing, and refus
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
+import shutil
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from ..primitives.errors import CorruptLog, InvalidInput, StorageFailure, Unavailable
+from .claim import LOCK_SECONDS, Claim
+from .durable import make_folder
 
 MAX_RECORD_BYTES = 1 << 30
 SEGMENT_BYTES = 64 << 20
 REPLAY_SECONDS = 15.0  # how long doing again what a run's log holds may take, if nobody says
-LOCK_SECONDS = 20.0  # a process that was just killed may still hold it
 
 _MAGIC = b"\xf5WAL"
 _HEADER = struct.Struct("<4sIQI")
 _CHECKED = struct.Struct("<IQ")
-_NAME = re.compile(r"\d{20}\.wal")
+_NAME = re.compile(r"(\d{20})-(\d{10})\.wal")
 
 logger = logging.getLogger(__name__)
 
 
 def _checksum(length: int, synced: int, payload: bytes | memoryview) -> int:
     return zlib.crc32(payload, zlib.crc32(_CHECKED.pack(length, synced)))
+
+
+@dataclass(frozen=True, order=True)
+class _Segment:
+    """A file; `begin`: the position of its first byte. `claim`: whose it is."""
+
+    begin: int
+    claim: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.begin:020d}-{self.claim:010d}.wal"
 
 
 @dataclass(frozen=True)
@@ -111,18 +125,24 @@ class SyncThread:
 
 
 class Log:
-    """Opens the log in `folder`, making it if there is none; one process at a time.
+    """Opens the log in `folder`, making it if there is none; one process at a time. Of one service
+    the last that opens it has it (see `Claim`).
+
+    Args:
+        service: that this process belongs to.
+        empty: delete what is in the folder first.
 
     Attributes:
         start, end: positions of its first byte and after its last.
         synced_end: up to where it is on disk.
-        failure: why nothing can be appended any more, after an fsync failed; what was not on disk
-            then is cut off, and opening it again goes on from there.
+        failure: why nothing can be appended any more. `StorageFailure`: an fsync failed; what was
+            not on disk then is cut off, and opening it again goes on from there. `Unavailable`: another
+            process has taken it.
 
     Raises:
         CorruptLog: damage before the last whole record.
         StorageFailure: the folder cannot be made or written to.
-        Unavailable: another process has it open.
+        Unavailable: a process of another service has it open.
     """
 
     def __init__(
@@ -131,10 +151,12 @@ class Log:
         thread: SyncThread,
         *,
         segment_bytes: int = SEGMENT_BYTES,
+        service: str | None = None,
         lock_seconds: float = LOCK_SECONDS,
+        empty: bool = False,
     ) -> None:
         self.folder = folder
-        self.failure: StorageFailure | None = None
+        self.failure: StorageFailure | Unavailable | None = None
         self._thread = thread
         self._segment_bytes = segment_bytes
         self._lock = threading.Lock()
@@ -144,65 +166,73 @@ class Log:
         self._file: int | None = None
         self._torn = False  # the file may hold more than whole records
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._folder_file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                self._take_lock(lock_seconds)
-                self._segments = _segments(folder)
+                above = max((s.claim for s in _all_segments(folder)), default=0)
+                self.claim = Claim(folder, service, lock_seconds, above)
+            except BaseException:
+                os.close(self._folder_file)
+                raise
+            try:
+                if empty:
+                    _empty(folder)
+                self._segments = self._valid_segments()
                 self.start, self.end = self._cut()
                 self.synced_end = self.end
-                if self._segments:
-                    self._open_segment(self._segments[-1])
-                self._sync_files(([] if self._file is None else [self._file]), True)
+                self._sync_earlier()
+                self._begin_segment()
+                self._drop_superseded()
+                self._sync_files([], True)
             except BaseException:
                 self._close_files()
                 raise
         except OSError as error:
             raise StorageFailure(f"the log in {folder} cannot be opened: {error}") from error
 
-    def _take_lock(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._folder_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            if time.monotonic() > deadline:
-                raise Unavailable(
-                    f"the log in {self.folder} is open in another process: another service uses "
-                    "the same home, or a learner that was replaced still lives"
-                )
-            time.sleep(0.05)
-
     # ---- reading ----
+
+    def _valid_segments(self) -> list[_Segment]:
+        """Those that the log consists of: none that begins where one of a later claim had begun, and
+        none of a claim later than this one."""
+        kept: list[_Segment] = []
+        for segment in sorted(_all_segments(self.folder), key=lambda s: (-s.claim, -s.begin)):
+            if segment.claim > self.claim.number:
+                continue
+            if not kept or segment.claim == kept[-1].claim or segment.begin < kept[-1].begin:
+                kept.append(segment)
+        return kept[::-1]
 
     def _cut(self) -> tuple[int, int]:
         """Cut what a crash left half-written; returns where the log starts and ends."""
-        start = end = self._segments[0] if self._segments else 0
-        for segment in self._segments:
-            if segment != end:
+        start = end = self._segments[0].begin if self._segments else 0
+        for segment, following in zip_longest(self._segments, self._segments[1:]):
+            if segment.begin != end:
                 break  # a segment is missing
             data = memoryview(self._path(segment).read_bytes())
-            while (found := _record_at(data, end - segment)) is not None:
-                end = segment + found.end
-            if end != segment + len(data):
+            limit = segment.begin + len(data) if following is None else following.begin
+            while end < limit and (found := _record_at(data, end - segment.begin)) is not None:
+                end = segment.begin + found.end
+            if end != limit:
                 break
         else:
             return start, end
         self._refuse_damage(end)
         dropped = 0
         for segment in reversed(self._segments[1:]):
-            if segment < end:
+            if segment.begin < end:
                 break
             dropped += self._path(segment).stat().st_size
             self._path(segment).unlink()
             self._segments.pop()
-        last = self._path(self._segments[-1])
-        dropped += last.stat().st_size - (end - self._segments[-1])
-        os.truncate(last, end - self._segments[-1])
+        segment = self._segments[-1]
+        last = self._path(segment)
+        dropped += last.stat().st_size - (end - segment.begin)
+        os.truncate(last, end - segment.begin)
         logger.warning(
             "%s: cut to %d bytes, its last whole record; %d bytes after it were never acknowledged",
             last,
-            end - self._segments[-1],
+            end - segment.begin,
             dropped,
         )
         return start, end
@@ -214,7 +244,7 @@ class Log:
         """
         for segment in self._segments:
             data = self._path(segment).read_bytes()
-            after = _records_after(data, max(end - segment, 0))
+            after = _records_after(data, max(end - segment.begin, 0))
             if any(found.synced > end for found in after):
                 raise CorruptLog(
                     f"{self.place(end)} is damaged, and whole records come after it: restore the "
@@ -223,16 +253,19 @@ class Log:
 
     def records(self) -> Iterator[tuple[int, memoryview]]:
         """What is in the log when this is called: position and bytes of every record."""
-        for segment in list(self._segments):
+        segments, end = list(self._segments), self.end
+        for segment, until in zip(segments, [*(s.begin for s in segments[1:]), end], strict=True):
             view, offset = memoryview(self._path(segment).read_bytes()), 0
-            while (found := _record_at(view, offset)) is not None:
-                yield segment + offset, found.payload
+            while (
+                segment.begin + offset < until and (found := _record_at(view, offset)) is not None
+            ):
+                yield segment.begin + offset, found.payload
                 offset = found.end
 
     def place(self, position: int) -> str:
         """File and offset of a position, for messages."""
-        segment = max((s for s in self._segments if s <= position), default=0)
-        return f"{self._path(segment)} at byte {position - segment:,}"
+        segment = max((s for s in self._segments if s.begin <= position), default=self._segments[0])
+        return f"{self._path(segment)} at byte {position - segment.begin:,}"
 
     # ---- writing ----
 
@@ -263,7 +296,7 @@ class Log:
 
     def _append(self, payload: bytes) -> int:
         self._mend()
-        if self._file is None or self.end - self._segments[-1] >= self._segment_bytes:
+        if self.end - self._segments[-1].begin >= self._segment_bytes:
             self._roll()
         assert self._file is not None
         length, synced = len(payload), self.synced_end
@@ -281,20 +314,38 @@ class Log:
     def _mend(self) -> None:
         if self._torn:
             assert self._file is not None
-            os.ftruncate(self._file, self.end - self._segments[-1])
+            os.ftruncate(self._file, self.end - self._segments[-1].begin)
             self._torn = False
 
     def _roll(self) -> None:
+        self.claim.check()
         before = self._file
-        self._open_segment(self.end)
-        self._segments.append(self.end)
+        self._begin_segment()
         if before is not None:
             self._rolled.append(before)
         self._rolled_folder = True
 
-    def _open_segment(self, segment: int) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    def _begin_segment(self) -> None:
+        segment = _Segment(self.end, self.claim.number)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._file = os.open(self._path(segment), flags, 0o644)
+        self._segments.append(segment)
+
+    def _sync_earlier(self) -> None:
+        """What is read may not have been on disk yet."""
+        for segment in self._segments:
+            file = os.open(self._path(segment), os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+    def _drop_superseded(self) -> None:
+        """Files that are not in the log, or hold nothing of it."""
+        self._segments = self._valid_segments()
+        for segment in _all_segments(self.folder):
+            if segment not in self._segments and segment.claim < self.claim.number:
+                self._path(segment).unlink(missing_ok=True)
 
     def synced(self) -> Future[None]:
         """Done once all that has been appended so far is on disk; fails as `failure` says."""
@@ -317,16 +368,19 @@ class Log:
             rolled, self._rolled = self._rolled, []
             folder, self._rolled_folder = self._rolled_folder, False
             end, file = self.end, self._file
-        failure = self.failure
+        failure: StorageFailure | Unavailable | None = self.failure
         if failure is None and file is not None:
             try:
                 self._sync_files([*rolled, file], folder)
+                self.claim.check()
+            except Unavailable as error:
+                failure = error
             except OSError as error:
                 # What the kernel could not write it forgets: only the disk knows what is there.
                 failure = StorageFailure(f"the log in {self.folder} could not be kept: {error}")
                 failure.__cause__ = error
         with self._lock:
-            if failure is not None and self.failure is None:
+            if isinstance(failure, StorageFailure) and self.failure is None:
                 self._cut_unsynced()
             self.failure = failure
             self.synced_end = max(self.synced_end, end) if failure is None else self.synced_end
@@ -340,11 +394,14 @@ class Log:
 
     def _cut_unsynced(self) -> None:
         """Nobody was told of it, and a learner started later must not find it."""
-        with contextlib.suppress(OSError):  # a disk that does not even take this is as it is
-            while self._segments[-1] > self.synced_end:
+        # A disk that does not even take this is as it is, and what another has is its own.
+        with contextlib.suppress(OSError, Unavailable):
+            self.claim.check()
+            while self._segments[-1].begin > self.synced_end:
                 self._path(self._segments[-1]).unlink()
                 del self._segments[-1]
-            os.truncate(self._path(self._segments[-1]), self.synced_end - self._segments[-1])
+            last = self._segments[-1]
+            os.truncate(self._path(last), self.synced_end - last.begin)
 
     def _sync_files(self, files: list[int], folder: bool) -> None:
         for file in files:
@@ -357,10 +414,10 @@ class Log:
     def trim(self, position: int) -> None:
         """Delete segments that hold nothing from `position` on; the last one stays."""
         with self._lock:
-            while len(self._segments) > 1 and self._segments[1] <= position:
+            while len(self._segments) > 1 and self._segments[1].begin <= position:
                 self._path(self._segments[0]).unlink(missing_ok=True)
                 del self._segments[0]
-            self.start = self._segments[0] if self._segments else self.end
+            self.start = self._segments[0].begin
 
     def close(self) -> None:
         """Once all is on disk, if it can be."""
@@ -374,10 +431,20 @@ class Log:
             if file is not None:
                 os.close(file)
         self._rolled, self._file = [], None
+        self.claim.close()
 
-    def _path(self, segment: int) -> Path:
-        return self.folder / f"{segment:020d}.wal"
+    def _path(self, segment: _Segment) -> Path:
+        return self.folder / segment.name
 
 
-def _segments(folder: Path) -> list[int]:
-    return sorted(int(name[:20]) for name in os.listdir(folder) if _NAME.fullmatch(name))
+def _all_segments(folder: Path) -> list[_Segment]:
+    found = map(_NAME.fullmatch, os.listdir(folder))
+    return sorted(_Segment(int(match[1]), int(match[2])) for match in found if match)
+
+
+def _empty(folder: Path) -> None:
+    for entry in list(folder.iterdir()):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif not entry.name.startswith("owner-"):
+            entry.unlink()

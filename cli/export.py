@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from ..actors.manifest import Manifest
 from ..actors.storage import MANIFEST, Storage
 from ..primitives.errors import InvalidInput
 from ..primitives.paths import CheckpointPath
@@ -65,7 +66,7 @@ def export(
         raise InvalidInput(f"--merge writes a folder: leave the {ARCHIVE} out of {target.name}")
     _check_free(target, archive, overwrite)
     storage = Storage(home)
-    base_model = storage.read_manifest(checkpoint)["base_model"]
+    base_model = Manifest.of(checkpoint, storage.read_manifest(checkpoint)).base_model
     target.parent.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     if archive:

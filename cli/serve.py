@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from .options import (
     ReorderSamplerWeights,
     Samplers,
 )
+from .supervise import supervise
 
 
 def serve(
@@ -77,49 +78,57 @@ def serve(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the actors' output.")] = False,
 ) -> None:
     """Serve clients of the Tinker API and of OpenAI's until interrupted, then finish what is
-    under way."""
+    under way. A server that dies is started again."""
     try:
         from ..gateway.access import Access
         from ..gateway.keys import KeyFile
         from ..gateway.served_models import parse_served
         from ..gateway.server import check_host
-        from ..gateway.server import serve as serve_http
         from ..gateway.settings import Settings
     except ImportError as error:
         raise Unavailable(
             f"serving needs more packages ({error}): pip install 'tinsmith[gateway]'"
         ) from None
-    from ..actors import telemetry
-    from ..actors.cluster import connect
     from ..engines.models import resolve_model
 
     access = Access(None if api_key_file is None else KeyFile(api_key_file))
     check_host(host, access)
-    telemetry.set_up("gateway", trace_file)
     served = parse_served(model or [])
     for target in served.values():
         resolve_model(target, home, say)
     settings = Settings(models=served, session_timeout_s=session_timeout, idle_unload_s=idle_unload)
+    cluster = dict(
+        address=address,
+        home=home,
+        learner_threads=learner_threads,
+        sampler_threads=sampler_threads,
+        engine=engine,
+        learners=learners,
+        layout=layout,
+        base_weights=base_weights,
+        reorder_sampler_weights=reorder_sampler_weights,
+        samplers=samplers,
+        replay_seconds=replay_seconds,
+        trace_file=trace_file,
+        verbose=verbose,
+    )
+    status = supervise(_server, (cluster, settings, access, host, port), say)
+    if status:
+        raise typer.Exit(status if status > 0 else 128 - status)
+    say("stopped")
+
+
+def _server(cluster: dict[str, Any], settings: Any, access: Any, host: str, port: int) -> None:
+    from ..actors import telemetry
+    from ..actors.cluster import connect
+    from ..gateway.server import serve as serve_http
+
+    telemetry.set_up("gateway", cluster["trace_file"])
 
     async def run() -> None:
         say("starting")
-        async with connect(
-            address,
-            home=home,
-            learner_threads=learner_threads,
-            sampler_threads=sampler_threads,
-            engine=engine,
-            learners=learners,
-            layout=layout,
-            base_weights=base_weights,
-            reorder_sampler_weights=reorder_sampler_weights,
-            samplers=samplers,
-            replay_seconds=replay_seconds,
-            trace_file=trace_file,
-            verbose=verbose,
-        ) as service:
+        async with connect(**cluster) as service:
             await serve_http(service, settings, access, host, port, say)
-        say("stopped")
 
     asyncio.run(run())
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..primitives.errors import InvalidInput
 from .lora import AdapterLayout
+from .tensor_files import read_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PARTS = ("lora_A", "lora_B")
@@ -94,13 +96,13 @@ def read_adapter(files: Mapping[str, bytes], layout: AdapterLayout) -> Tensor:
     Raises:
         InvalidInput: files or tensors missing, other shapes, another scale, NaN or inf.
     """
-    config, scale = _read_config(files)
-    if config["r"] != layout.config.rank or not math.isclose(scale, layout.scale):
+    rank, scale = _read_config(files)
+    if rank != layout.config.rank or not math.isclose(scale, layout.scale):
         raise InvalidInput(
-            f"the adapter has rank {config['r']} and scale {scale:g}, "
+            f"the adapter has rank {rank} and scale {scale:g}, "
             f"this run rank {layout.config.rank} and scale {layout.scale:g}"
         )
-    tensors = safetensors.torch.load(files[WEIGHTS])
+    tensors = read_tensors(files[WEIGHTS], f"the adapter's {WEIGHTS}")
     flat, filled = torch.empty(layout.size), set()
     for key, (start, rows, columns) in tensor_places(layout).items():
         tensor = tensors.pop(key, None)
@@ -110,7 +112,9 @@ def read_adapter(files: Mapping[str, bytes], layout: AdapterLayout) -> Tensor:
             raise InvalidInput(
                 f"the adapter's {key} has shape {tuple(tensor.shape)}, expected {(rows, columns)}"
             )
-        if not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point():
+            raise InvalidInput(f"the adapter's {key} is of {tensor.dtype}, expected a float")
+        if not torch.isfinite(tensor.float()).all():
             raise InvalidInput(f"the adapter's {key} holds NaN or inf")
         place = flat[start : start + rows * columns].view(rows, columns)
         if start in filled and not torch.equal(place, tensor.float()):
@@ -132,7 +136,7 @@ def read_factors(files: Mapping[str, bytes]) -> tuple[float, dict[str, tuple[Ten
         InvalidInput: files or tensors missing, or others than LoRA's.
     """
     _, scale = _read_config(files)
-    tensors, factors = safetensors.torch.load(files[WEIGHTS]), {}
+    tensors, factors = read_tensors(files[WEIGHTS], f"the adapter's {WEIGHTS}"), {}
     ending = ".lora_A.weight"
     for name in [key.removesuffix(ending) for key in tensors if key.endswith(ending)]:
         pair = [tensors.pop(f"{name}.{part}.weight", None) for part in PARTS]
@@ -144,11 +148,22 @@ def read_factors(files: Mapping[str, bytes]) -> tuple[float, dict[str, tuple[Ten
     return scale, factors
 
 
-def _read_config(files: Mapping[str, bytes]) -> tuple[dict[str, Any], float]:
-    """The adapter's config, and what it multiplies B A by."""
+class _Config(msgspec.Struct):
+    """What we read of an `adapter_config.json`."""
+
+    r: Annotated[int, msgspec.Meta(ge=1)]
+    lora_alpha: Annotated[float, msgspec.Meta(gt=0)]
+    use_rslora: bool | None = None
+
+
+def _read_config(files: Mapping[str, bytes]) -> tuple[int, float]:
+    """The adapter's rank, and what it multiplies B A by."""
     for file in (WEIGHTS, CONFIG):
         if file not in files:
             raise InvalidInput(f"the adapter has no {file}: is it a PEFT LoRA folder?")
-    config = json.loads(files[CONFIG])
-    rank = config["r"]
-    return config, config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        config = msgspec.json.decode(files[CONFIG], type=_Config)
+        rank = config.r
+        return rank, config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    except (msgspec.MsgspecError, RecursionError, ValueError, OverflowError) as error:
+        raise InvalidInput(f"the adapter's {CONFIG} is damaged: {error}") from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..primitives.arguments import check_text
 from ..primitives.errors import InvalidInput, NotFound, Unavailable
 
 Progress = Callable[[str], None]
@@ -96,12 +97,17 @@ def resolve_model(base_model: str, home: str | Path, progress: Progress = lambda
     `org--name`, and its last part will do); a Hugging Face id.
 
     Raises:
-        InvalidInput: a folder that holds no model.
+        InvalidInput: a folder that holds no model, or no name that a model can have.
         NotFound: no such model here, nor on the hub if that can be reached.
         Unavailable: it cannot be fetched.
     """
-    as_path = Path(base_model).expanduser()
-    if as_path.is_dir():
+    check_text("base_model", base_model)
+    try:
+        as_path = Path(base_model).expanduser()
+        is_folder = as_path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, a user that there is not
+        raise InvalidInput(f"base_model {base_model[:200]!r} is no model's name: {error}") from None
+    if is_folder:
         if not (as_path / "config.json").exists():
             raise InvalidInput(f"{as_path} is no model folder: it has no config.json")
         return as_path.resolve()

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..primitives.errors import InvalidInput
 from ..primitives.types import AdamParams
 
 
@@ -25,6 +26,25 @@ class AdamState:
     @classmethod
     def zeros(cls, like: Tensor) -> AdamState:
         return cls(torch.zeros_like(like), torch.zeros_like(like))
+
+
+def check_state(state: Mapping[str, Tensor], like: Tensor, where: str) -> None:
+    """That it is such a state, for parameters like these: `exp_avg`, `exp_avg_sq` and `step`.
+
+    Raises:
+        InvalidInput: it is not.
+    """
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment = state.get(name)
+        if moment is None or moment.shape != like.shape or not moment.is_floating_point():
+            raise InvalidInput(
+                f"{where} holds no {name} of {like.numel():,} numbers for the optimizer"
+            )
+        if not torch.isfinite(moment).all() or (name == "exp_avg_sq" and (moment < 0).any()):
+            raise InvalidInput(f"{where} holds an {name} that no optimizer can have")
+    step = state.get("step")
+    if step is None or step.numel() != 1 or not 0 <= float(step) < 2**53 or float(step) % 1:
+        raise InvalidInput(f"{where} does not say how many steps the optimizer has taken")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ import transformers
 from ..primitives.errors import InvalidInput
 from ..primitives.types import SampleRequest
 
+MAX_ALTERNATIVES = 1 << 14  # draws at a prompt position
+
 
 def check_request(request: SampleRequest, vocab_size: int, context: int) -> int:
     """How many tokens a sample may have at most.
@@ -47,6 +49,10 @@ def _check_vocabulary(request: SampleRequest, size: int) -> None:
             raise InvalidInput(
                 f"{name}={getattr(request, name)} is more than the vocabulary of {size}"
             )
+    if request.prompt_alt_tokens_k > MAX_ALTERNATIVES:
+        raise InvalidInput(
+            f"prompt_alt_tokens_k must be at most {MAX_ALTERNATIVES}, got {request.prompt_alt_tokens_k}"
+        )
 
 
 def end_tokens(path: str | Path, tokenizer: Any) -> frozenset[int]:

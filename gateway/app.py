@@ -15,6 +15,7 @@ from ..primitives.errors import (
     InvalidInput,
     NotFound,
     OutOfCapacity,
+    StorageFailure,
     TinsmithError,
     Unavailable,
 )
@@ -40,6 +41,7 @@ STATUS = {
     NotFound: 404,
     InvalidInput: 400,
     Unavailable: 503,
+    StorageFailure: 507,
 }
 
 

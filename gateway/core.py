@@ -20,7 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..primitives import logs, tracing
-from ..primitives.client import SamplerGrant, ServiceClient
+from ..primitives.arguments import check_text
+from ..primitives.client import ServiceClient
 from ..primitives.errors import (
     Busy,
     InvalidInput,
@@ -29,9 +30,10 @@ from ..primitives.errors import (
     TinsmithError,
     Unavailable,
 )
-from ..primitives.learner_link import LearnerLink, RunGrant
+from ..primitives.learner_link import Answered, LearnerLink, RunGrant
 from ..primitives.op import Op
 from ..primitives.paths import CheckpointPath
+from ..primitives.sampler_link import SamplerLink
 from ..primitives.types import (
     Checkpoint,
     LoraConfig,
@@ -40,10 +42,12 @@ from ..primitives.types import (
     SampleResponse,
     TrainingRun,
 )
+from . import answers
 from .access import Access
 from .completions import Completions
 from .futures import Answer, Futures
 from .quotas import Quota, TokenRates
+from .requests import MAX_SEQ_ID
 from .served_models import ServedModels
 from .settings import Settings
 from .store import Result, RunRow, SamplerRow, SessionRow, Store
@@ -73,13 +77,14 @@ class Session:
 class Run:
     """A training run: `grant` is None where it is not in a learner's memory any more.
     `pending` holds the bytes of the operations under way, by number; all up to `arrived` have come,
-    and those in `early` before their turn."""
+    and those in `early` before their turn; those in `failed` have failed."""
 
     row: RunRow
     grant: asyncio.Future[RunGrant] | None
     pending: dict[int, int] = field(default_factory=dict)
     arrived: int = 0
     early: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
 
     def arrive(self, seq_id: int) -> None:
         if seq_id > self.arrived:
@@ -89,9 +94,11 @@ class Run:
             self.early.discard(self.arrived)
 
     @property
-    def answered(self) -> int:
-        """The answers of all operations before this number are there."""
-        return min([self.arrived + 1, *self.pending])
+    def answered(self) -> Answered:
+        """Which answers are there."""
+        before = min([self.arrived + 1, *self.pending])
+        self.failed = {seq_id for seq_id in self.failed if seq_id >= before}
+        return Answered(before, sorted(self.failed))
 
     @property
     def moving(self) -> bool:
@@ -102,7 +109,7 @@ class Run:
 @dataclass(eq=False)
 class Sampler:
     row: SamplerRow
-    grant: asyncio.Future[SamplerGrant] | None = None
+    link: asyncio.Future[SamplerLink] | None = None
 
 
 class Gateway:
@@ -216,9 +223,9 @@ class Gateway:
                 if rest.active
                 for other in rest.samplers.values()
             )
-            if sampler.grant is not None and not shared:
+            if sampler.link is not None and not shared:
                 with contextlib.suppress(TinsmithError):
-                    await Op((await sampler.grant).sampler.call("drop_run", path))
+                    await Op((await sampler.link).grant.sampler.call("drop_run", path))
         for sampler_id in session.samplers:
             self.completions.forget(sampler_id)
         self._sessions.pop(session.session_id, None)
@@ -252,7 +259,14 @@ class Gateway:
             with self._using(known_as):
                 async with self._within_quota(session.owner, run_id):
                     call = self.controller.call(
-                        "create_run", run_id, known_as, lora, path, optimizer, user_metadata
+                        "create_run",
+                        run_id,
+                        known_as,
+                        lora,
+                        path,
+                        optimizer,
+                        user_metadata,
+                        uuid.uuid4().hex,
                     )
                     run.grant = asyncio.wrap_future(call)
                     await asyncio.shield(run.grant)
@@ -351,14 +365,15 @@ class Gateway:
         seq_id: int,
         kind: str,
         args: Callable[[], Awaitable[dict[str, Any]]],
-        answer: Callable[[Any], Answer | Awaitable[Answer]],
+        answer: Callable[[Any], Awaitable[Answer]] | None = None,
         size: int = 0,
         tokens: int = 0,
     ) -> dict[str, str]:
         """Append operation `seq_id` to a run's log; returns what names the request.
 
         `args` prepares the operation's and may fail: the operation then takes its place in the
-        log and nothing happens. The same number again is the same request.
+        log and nothing happens. The same number again is the same request. `answer` makes the answer
+        of a result (default: that of the kind).
 
         Raises:
             Busy: too many bytes wait already, or the owner's `tokens` are used up for now.
@@ -381,7 +396,7 @@ class Gateway:
 
         async def apply() -> Answer:
             grant = await self._run_grant(run)
-            link = LearnerLink(grant, self.controller, lambda: run.answered)
+            link = LearnerLink(grant, self.controller, lambda: run.answered, keep=True)
             try:
                 prepared = await args()
             except BaseException:
@@ -389,12 +404,14 @@ class Gateway:
                 raise
             try:
                 result = await Op(link.submit(seq_id, kind, prepared, span.traceparent))
+            except TinsmithError:
+                run.failed.add(seq_id)
+                raise
             finally:
                 if run.grant is not None:  # a learner that died has been replaced
                     run.grant = asyncio.get_running_loop().create_future()
                     run.grant.set_result(link.grant)
-            answered = answer(result)
-            return answered if isinstance(answered, Answer) else await answered
+            return answers.answer(kind, run_id, result) if answer is None else await answer(result)
 
         async def work() -> Answer:
             with span, logs.about(run=run_id, op=seq_id, kind=kind):
@@ -413,6 +430,35 @@ class Gateway:
     def _operation_done(self, run: Run, seq_id: int) -> None:
         self._pending_bytes -= run.pending.pop(seq_id, 0)
 
+    async def recover(self, owner: str, request_id: str) -> None:
+        """Have the answer of an operation that was under way when the server before this one stopped:
+        if it had come to the run's log, it is done, and answered as if nothing had happened.
+        """
+        run_id, _, number = request_id.partition(":op:")
+
+        async def work() -> Answer:
+            if not number.isdigit():
+                raise NotFound(f"request {request_id} was lost when the server stopped: ask again")
+            run, seq_id = await self.run(owner, run_id), int(number)
+            link = LearnerLink(await self._run_grant(run), self.controller, lambda: run.answered)
+            try:
+                kind, result = await Op(link.outcome(seq_id))
+            except NotFound as error:
+                await self.skip(owner, run_id, seq_id)  # nothing may wait for it
+                raise NotFound(
+                    f"request {request_id} was under way when the server stopped, and had not come to "
+                    f"the run's log, or its result is not kept any more ({error}). The run goes on "
+                    "without it"
+                ) from None
+            if kind == "publish":
+                raise NotFound(
+                    f"the server stopped while it answered request {request_id}: version "
+                    f"{result.version} is published; ask for its sampler again"
+                )
+            return answers.answer(kind, run_id, result)
+
+        await self.futures.begin(request_id, owner, work)
+
     async def _run_grant(self, run: Run) -> RunGrant:
         """
         Raises:
@@ -430,6 +476,10 @@ class Gateway:
                 return granted
         except NotFound:
             run.grant = None
+        except Exception:
+            if run.grant is grant:
+                run.grant = None  # asked again next time
+            raise
         raise NotFound(
             f"run {run.row.run_id} is no longer in memory: its session ended; "
             "create_training_client_from_state_with_optimizer(path) goes on from a saved state"
@@ -437,9 +487,10 @@ class Gateway:
 
     async def skip(self, owner: str, run_id: Any, seq_id: Any) -> None:
         """Count an operation that was refused as done: its client has moved on."""
-        if not isinstance(run_id, str) or not isinstance(seq_id, int) or seq_id < 1:
+        if not isinstance(seq_id, int) or not 1 <= seq_id < MAX_SEQ_ID:
             return
         with contextlib.suppress(TinsmithError):
+            check_text("model_id", run_id)  # nothing has looked at it yet
             run = await self.run(owner, run_id)
             grant = await self._run_grant(run)
             run.arrive(seq_id)
@@ -517,24 +568,24 @@ class Gateway:
             contextlib.suppress(TinsmithError),  # whoever samples is told
             self._using(await self.models.resolve(sampler.row.base_model)),
         ):
-            await self._sampler_grant(sampler)
+            await self._sampler_link(sampler)
 
-    async def _sampler_grant(self, sampler: Sampler) -> SamplerGrant:
+    async def _sampler_link(self, sampler: Sampler) -> SamplerLink:
         row = sampler.row
-        if sampler.grant is None:
+        if sampler.link is None:
             if row.model_path is not None:
                 call = self.controller.call("grant_checkpoint_sampler", row.model_path)
             else:
                 known_as = await self.models.resolve(row.base_model)
                 policy = PolicyRef(row.run_id, row.version)
                 call = self.controller.call("grant_sampler", known_as, policy)
-            sampler.grant = asyncio.wrap_future(call)
-        grant = sampler.grant
+            sampler.link = asyncio.wrap_future(Op(call).then(SamplerLink).future)
+        link = sampler.link
         try:
-            return await asyncio.shield(grant)
+            return await asyncio.shield(link)
         except Exception:
-            if sampler.grant is grant:
-                sampler.grant = None  # asked again next time
+            if sampler.link is link:
+                sampler.link = None  # asked again next time
             raise
 
     async def sample(self, sampler: Sampler, name: str, request: SampleRequest) -> SampleResponse:
@@ -549,19 +600,12 @@ class Gateway:
             return await self._sample(sampler, name, named)
 
     async def _sample(self, sampler: Sampler, name: str, request: SampleRequest) -> SampleResponse:
-        for last in (False, True):
-            grant = await self._sampler_grant(sampler)
-            bound = replace(request, policy=grant.policy)
-            try:
-                return await Op(grant.sampler.call("sample", bound, name))
-            except asyncio.CancelledError:
-                grant.sampler.call("withdraw", name)
-                raise
-            except Unavailable:
-                sampler.grant = None
-                if last:
-                    raise
-        raise AssertionError("unreachable")
+        link = await self._sampler_link(sampler)
+        try:
+            return await Op(link.sample(request, name))
+        except asyncio.CancelledError:
+            link.withdraw(name)
+            raise
 
     async def let_sample(self, owner: str, request_id: str) -> None:
         """

@@ -1,9 +1,11 @@
 """Requests under way and their answers. A result is written to the store before anyone can see
-it, so that whoever asks again, also after a restart, gets the same one."""
+it, so that whoever asks again, also after a restart, gets the same one. While the disk is full, it is
+kept in memory."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -14,12 +16,14 @@ from ..primitives.errors import (
     NotFound,
     OpCancelled,
     OutOfCapacity,
+    StorageFailure,
     TinsmithError,
 )
 from .store import Result, Store
 
 log = logging.getLogger("tinsmith.gateway")
 
+KEEP_SECONDS = 1.0  # between attempts to write a result down
 USER_ERRORS = (InvalidInput, NotFound, OpCancelled, OutOfCapacity)
 
 
@@ -70,6 +74,7 @@ class Futures:
         self._store = store
         self._on_settled = on_settled
         self._pending: dict[str, _Pending] = {}
+        self._keeping: dict[str, asyncio.Task[None]] = {}  # results that their disk did not take
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -103,12 +108,25 @@ class Futures:
         result = Result(owner, answer.kind, answer.body)
         try:
             await self._store.add_result(request_id, result)
+            self._pending.pop(request_id, None)
+        except StorageFailure as error:
+            log.warning("the result of request %s: %s", request_id, error)
+            self._keeping[request_id] = asyncio.create_task(self._keep(request_id, result))
         except Exception:
             # Whoever waits gets it all the same; after that it cannot be asked for again.
             log.exception("the result of request %s could not be kept", request_id)
-        self._pending.pop(request_id, None)
+            self._pending.pop(request_id, None)
         self._on_settled(request_id, result)
         return result
+
+    async def _keep(self, request_id: str, result: Result) -> None:
+        """Until there is room for it, a result is given from here."""
+        while request_id in self._pending:
+            await asyncio.sleep(KEEP_SECONDS)
+            with contextlib.suppress(StorageFailure):
+                await self._store.add_result(request_id, result)
+                self._pending.pop(request_id, None)
+        del self._keeping[request_id]
 
     async def wait(self, request_id: str, owner: str, seconds: float) -> Result | None:
         """The answer, or None if it is not there after `seconds`.
@@ -145,4 +163,5 @@ class Futures:
     async def drain(self) -> None:
         """Wait until nothing is under way."""
         while self._pending:
-            await asyncio.wait([pending.result for pending in self._pending.values()])
+            results = (pending.result for pending in self._pending.values())
+            await asyncio.wait([*results, *self._keeping.values()])

@@ -7,8 +7,9 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Any
 
-from ..primitives.client import SamplerGrant, SamplingClient
+from ..primitives.client import SamplingClient
 from ..primitives.op import Op
+from ..primitives.sampler_link import SamplerGrant
 from ..primitives.types import SampledToken, SampleResponse
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from fastapi import HTTPException, Request
 
 from ..engines.models import model_facts
-from ..primitives.client import SamplerGrant, load_tokenizer
+from ..primitives.client import load_tokenizer
 from ..primitives.errors import TinsmithError
 from ..primitives.op import Op, completed
 from ..primitives.paths import SCHEME
+from ..primitives.sampler_link import SamplerGrant
 from ..primitives.types import PolicyRef
 from .access import Unauthorized
 from .core import Gateway

@@ -16,9 +16,6 @@ from ..primitives.errors import InvalidInput
 from ..primitives.types import AdamParams, LoraConfig, SamplingParams
 from .wire import fill_csr
 
-Name = Annotated[str, Field(min_length=1, max_length=512)]
-SeqId = Annotated[int, Field(ge=0, lt=1 << 62)]
-
 
 def _sendable(value: Any) -> Any:
     """What came in as JSON must go out as JSON: no NaN, no half of a surrogate pair."""
@@ -26,6 +23,9 @@ def _sendable(value: Any) -> Any:
     return value
 
 
+MAX_SEQ_ID = 1 << 62
+Name = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_sendable)]
+SeqId = Annotated[int, Field(ge=0, lt=MAX_SEQ_ID)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_sendable)]
 Text = Annotated[str, AfterValidator(_sendable)]
 MAX_RANK = 4096

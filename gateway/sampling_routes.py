@@ -93,16 +93,8 @@ def sampling_routes(gateway: Gateway) -> APIRouter:
             await refuse_lost(owner, body.request_id)
             if not await gateway.lost_operation(owner, body.request_id):
                 raise
-            # If it had not come to the run's log, nothing may wait for it.
-            run_id, _, seq_id = body.request_id.partition(":op:")
-            if seq_id.isdigit():
-                await gateway.skip(owner, run_id, int(seq_id))
-            error = NotFound(
-                f"request {body.request_id} was under way when the server stopped, or its result "
-                "is not kept any more. The run goes on; whether this had come to its log, its "
-                "version tells"
-            )
-            result = Result(owner, "error", Answer.error(error).body)
+            await gateway.recover(owner, body.request_id)
+            result = await gateway.futures.wait(body.request_id, owner, settings.poll_s)
         if result is None:
             return {
                 "type": "try_again",

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..actors.database import Database
+
 T = TypeVar("T")
 
 SCHEMA = """
@@ -94,11 +96,9 @@ class Store:
         self._thread.submit(self._open, str(path)).result()
 
     def _open(self, path: str) -> None:
-        # Autocommit. A commit reaches the operating system, which survives this process's death;
-        # waiting for the disk as well would cost every operation milliseconds.
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
-        self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db = Database(path)
+        # A commit reaches the operating system, which survives this process's death; waiting for the
+        # disk as well would cost every operation milliseconds.
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(SCHEMA)
 

@@ -11,13 +11,7 @@ from fastapi import APIRouter, Request
 from ..engines.models import model_facts
 from ..primitives.errors import InvalidInput, OutOfCapacity
 from ..primitives.op import Op
-from ..primitives.types import (
-    ForwardBackwardOutput,
-    OptimStepResponse,
-    PolicyRef,
-    PublishResponse,
-    SaveResponse,
-)
+from ..primitives.types import PolicyRef, PublishResponse
 from ..primitives.validation import check_ttl
 from .access import is_local
 from .body_limit import TooLarge
@@ -32,7 +26,6 @@ from .wire import (
     decompress,
     place_in_log,
     read_training_request,
-    write_training_output,
 )
 
 T = TypeVar("T")
@@ -85,12 +78,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
             await gateway.checkpoint(owner, body.path)
             return {"path": body.path, "optimizer": body.optimizer}
 
-        def answer(response: SaveResponse) -> Answer:
-            return Answer.json(
-                {"type": "load_weights", "path": response.path, "model_id": body.model_id}
-            )
-
-        return await gateway.operate(run, body.seq_id, "load_state", args, answer)
+        return await gateway.operate(run, body.seq_id, "load_state", args)
 
     @router.post("/get_info")
     async def get_info(request: Request, body: ModelRef) -> dict[str, Any]:
@@ -126,11 +114,8 @@ def training_routes(gateway: Gateway) -> APIRouter:
                 raise message.error
             return await training_args(gateway, run, message)
 
-        def answer(output: ForwardBackwardOutput) -> Answer:
-            return Answer.proto(write_training_output(output))
-
         tokens = sum(len(datum.model_input.tokens) for datum in message.data)
-        return await gateway.operate(run, message.seq_id, kind, args, answer, len(body), tokens)
+        return await gateway.operate(run, message.seq_id, kind, args, size=len(body), tokens=tokens)
 
     async def read_body(request: Request, owner: str) -> bytes:
         encoding, body = request.headers.get("content-encoding"), bytearray()
@@ -153,10 +138,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
         async def args() -> dict[str, Any]:
             return {"adam_params": body.params()}
 
-        def answer(response: OptimStepResponse) -> Answer:
-            return Answer.json({"metrics": response.metrics})
-
-        return await gateway.operate(run, body.seq_id, "optim_step", args, answer)
+        return await gateway.operate(run, body.seq_id, "optim_step", args)
 
     @router.post("/save_weights")
     async def save_weights(request: Request, body: SaveWeights) -> dict[str, Any]:
@@ -165,7 +147,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
         async def args() -> dict[str, Any]:
             return {**_named(body), "overwrite": body.overwrite}
 
-        return await gateway.operate(run, body.seq_id, "save_state", args, _saved("save_weights"))
+        return await gateway.operate(run, body.seq_id, "save_state", args)
 
     @router.post("/save_weights_external")
     async def save_weights_external(request: Request, body: SaveWeights) -> dict[str, Any]:
@@ -176,9 +158,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
             named["user_metadata"] |= recipients_metadata(body.age_encryption_recipients or [])
             return named
 
-        return await gateway.operate(
-            run, body.seq_id, "save_weights_external", args, _saved("save_weights_external")
-        )
+        return await gateway.operate(run, body.seq_id, "save_weights_external", args)
 
     @router.post("/save_weights_for_sampler")
     async def save_weights_for_sampler(request: Request, body: SaveWeights) -> dict[str, Any]:
@@ -190,13 +170,7 @@ def training_routes(gateway: Gateway) -> APIRouter:
             async def args() -> dict[str, Any]:
                 return {**_named(body), "overwrite": body.overwrite}
 
-            return await gateway.operate(
-                run,
-                body.seq_id,
-                "save_weights_for_sampler",
-                args,
-                _saved("save_weights_for_sampler"),
-            )
+            return await gateway.operate(run, body.seq_id, "save_weights_for_sampler", args)
 
         session = await gateway.active_session(owner, run.row.session_id)
         pinned = body.kind == "snapshot"
@@ -276,8 +250,3 @@ def _named(body: SaveWeights) -> dict[str, Any]:
         "user_metadata": metadata,
         "ttl_seconds": check_ttl(body.ttl_seconds),
     }
-
-
-def _saved(kind: str) -> Callable[[SaveResponse], Answer]:
-    """How a save of that kind is answered."""
-    return lambda response: Answer.json({"type": kind, "path": response.path})

@@ -14,17 +14,21 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from . import tracing
+from .arguments import check_flag, check_integer, check_number, check_text
 from .errors import Busy, InvalidInput, Unavailable
-from .learner_link import LearnerLink, RunGrant
+from .learner_link import Answered, LearnerLink, RunGrant
 from .metrics_text import metrics_text
 from .op import Handle, Op, chain, completed, forward_result
 from .patience import patiently
+from .resending import Resending
+from .sampler_link import SamplerGrant, SamplerLink
 from .sync import HasSync
 from .types import (
     ROUTED_EXPERTS,
@@ -55,15 +59,8 @@ from .validation import check_ttl
 LogprobsWanted = Literal["all", "loss"]
 CustomLoss = Callable[[Sequence[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
 
-
-@dataclass(frozen=True)
-class SamplerGrant:
-    """What the controller hands out for a policy: the way to a sampler that can serve it."""
-
-    base_model: str
-    model_path: str
-    sampler: Handle
-    policy: PolicyRef
+MAX_WORKERS = 1024
+MAX_EPISODES = 100_000  # that a worker plays at once
 
 
 def load_tokenizer(model_path: str) -> Any:
@@ -77,10 +74,16 @@ class SamplingClient(HasSync):
     """A policy to sample from: one immutable version, or live (always the newest published).
 
     Picklable once it is ready (`await client.ready()`), so that environment workers can use it.
+    Requests under way survive the death of the sampler: they are sent again to the one that takes its
+    place, and with a seed give the same tokens.
     """
 
     def __init__(self, grant: Future[SamplerGrant]) -> None:
+        self._connect(grant)
+
+    def _connect(self, grant: Future[SamplerGrant]) -> None:
         self._grant = grant
+        self._link = chain(grant, lambda granted: completed(SamplerLink(granted)))
 
     def ready(self) -> Op[SamplingClient]:
         """Wait until the sampler can serve this policy."""
@@ -122,7 +125,7 @@ class SamplingClient(HasSync):
         """
         request = SampleRequest(
             token_array(prompt, "prompt"),
-            sampling_params or SamplingParams(),
+            SamplingParams() if sampling_params is None else sampling_params,
             num_samples=num_samples,
             prompt_logprobs=include_prompt_logprobs,
             topk_prompt_logprobs=topk_prompt_logprobs,
@@ -134,12 +137,11 @@ class SamplingClient(HasSync):
         )
         span = tracing.start("sample", request=request.request_id, samples=num_samples)
 
-        def send(grant: SamplerGrant) -> Future[SampleResponse]:
-            span.set(run=grant.policy.run_id)
-            bound = replace(request, policy=grant.policy, traceparent=span.traceparent)
-            return patiently(lambda: grant.sampler.call("sample", bound))
+        def send(link: SamplerLink) -> Future[SampleResponse]:
+            span.set(run=link.grant.policy.run_id)
+            return patiently(lambda: link.sample(replace(request, traceparent=span.traceparent)))
 
-        future = chain(self._grant, send)
+        future = chain(self._link, send)
         span.end_with(future)
         return Op(future)
 
@@ -153,22 +155,25 @@ class SamplingClient(HasSync):
     ) -> AsyncGenerator[SampledToken]:
         """Sample, yielding each token as it is drawn, with the K likeliest tokens if
         `topk_sample_logprobs=K`. Leaving the loop withdraws the request. Routed experts are told with
-        whole samples only."""
-        grant = await Op(self._grant)
+        whole samples only.
+
+        Raises:
+            Unavailable: the sampler died when it had given something; as `sample` otherwise.
+        """
+        link = await Op(self._link)
         request_id = _request_id()
-        span = tracing.start("sample", request=request_id, run=grant.policy.run_id)
+        span = tracing.start("sample", request=request_id, run=link.grant.policy.run_id)
         request = SampleRequest(
             token_array(prompt, "prompt"),
-            sampling_params or SamplingParams(),
-            grant.policy,
-            num_samples,
+            SamplingParams() if sampling_params is None else sampling_params,
+            num_samples=num_samples,
             topk_sample_logprobs=topk_sample_logprobs,
             request_id=request_id,
             traceparent=span.traceparent,
         )
         with span:
             while True:
-                tokens = grant.sampler.stream("stream", request)
+                tokens = link.stream(request)
                 try:
                     async with aclosing(tokens):  # type: ignore[type-var]
                         async for token in tokens:
@@ -208,10 +213,10 @@ class SamplingClient(HasSync):
     def __getstate__(self) -> SamplerGrant:
         if not self._grant.done():
             raise InvalidInput("await client.ready() before sending a SamplingClient elsewhere")
-        return self._grant.result()
+        return self._link.result().grant
 
     def __setstate__(self, grant: SamplerGrant) -> None:
-        self._grant = completed(grant)
+        self._connect(completed(grant))
 
 
 _CLIENT = uuid.uuid4().hex[:8]
@@ -241,6 +246,7 @@ class TrainingClient(HasSync):
         self._lock = threading.Lock()
         self._next_seq_id = grant.next_seq_id
         self._open: dict[int, None] = {}  # numbers taken whose results are not there; ascending
+        self._failed: set[int] = set()  # numbers above the first of these
 
     def _take_seq_ids(self, count: int = 1) -> int:
         with self._lock:
@@ -249,21 +255,24 @@ class TrainingClient(HasSync):
             self._open.update(dict.fromkeys(range(first, first + count)))
             return first
 
-    def _answered(self) -> int:
-        """Of all operations before this one the results, or errors, are there."""
+    def _answered(self) -> Answered:
         with self._lock:
-            return next(iter(self._open), self._next_seq_id)
+            before = next(iter(self._open), self._next_seq_id)
+            self._failed = {seq_id for seq_id in self._failed if seq_id >= before}
+            return Answered(before, sorted(self._failed))
 
-    def _note_answer(self, seq_id: int) -> None:
+    def _note_answer(self, seq_id: int, done: Future[Any]) -> None:
         with self._lock:
             self._open.pop(seq_id, None)
+            if done.cancelled() or done.exception() is not None:
+                self._failed.add(seq_id)
 
     def _submit(self, kind: str, *, seq_id: int | None = None, **args: Any) -> Op[Any]:
         seq = self._take_seq_ids() if seq_id is None else seq_id
         span = tracing.start(kind, run=self.run_id, op=seq)
         future = self._link.submit(seq, kind, args, span.traceparent)
         span.end_with(future)
-        future.add_done_callback(lambda _: self._note_answer(seq))
+        future.add_done_callback(lambda done: self._note_answer(seq, done))
         return Op(future, withdraw=lambda: self._link.withdraw(seq))
 
     @property
@@ -309,15 +318,16 @@ class TrainingClient(HasSync):
         logprobs: LogprobsWanted,
         seq_id: int | None = None,
     ) -> Op[ForwardBackwardOutput]:
-        if logprobs not in ("all", "loss"):
+        if not isinstance(logprobs, str) or logprobs not in ("all", "loss"):
             raise InvalidInput(f'logprobs must be "all" or "loss", got {logprobs!r}')
         _check_datums(data)
+        check_text("loss_fn", loss_fn)
         return self._submit(
             kind,
             seq_id=seq_id,
             data=list(data),
             loss_fn=loss_fn,
-            loss_fn_config=dict(loss_fn_config or {}),
+            loss_fn_config=_loss_config(loss_fn_config),
             logprobs=logprobs,
         )
 
@@ -332,6 +342,8 @@ class TrainingClient(HasSync):
         weights `-d loss / d logprob`, which give exactly the gradient of your loss.
         """
         _check_datums(data)
+        if not callable(loss_fn):
+            raise InvalidInput(f"loss_fn must be a function, got {loss_fn!r}")
         plain = [_with_weights(datum, None) for datum in data]
         first = self._take_seq_ids(2)
         forward = self._forward_op("forward", plain, "cross_entropy", None, "all", first)
@@ -382,6 +394,7 @@ class TrainingClient(HasSync):
         valid = isinstance(share, int | float) and not isinstance(share, bool)
         if not valid or not 0 < share < float("inf"):
             raise InvalidInput(f"share must be a positive number, got {share!r}")
+        check_number("share", share)
         return self._submit("set_share", share=float(share))
 
     def save_state(
@@ -407,6 +420,8 @@ class TrainingClient(HasSync):
         overwrite: bool,
         ttl_seconds: int | None,
     ) -> Op[SaveResponse]:
+        check_text("name", name)
+        check_flag("overwrite", overwrite)
         return self._submit(
             kind,
             name=name,
@@ -417,10 +432,12 @@ class TrainingClient(HasSync):
 
     def load_state(self, path: str) -> Op[SaveResponse]:
         """Replace this run's weights by a checkpoint's; the optimizer starts afresh."""
+        check_text("path", path)
         return self._submit("load_state", path=path, optimizer=False)
 
     def load_state_with_optimizer(self, path: str) -> Op[SaveResponse]:
         """Replace this run's weights and optimizer state by a checkpoint's."""
+        check_text("path", path)
         return self._submit("load_state", path=path, optimizer=True)
 
     def save_weights_for_sampler(
@@ -469,15 +486,34 @@ _custom_loss_pool = ThreadPoolExecutor(4, thread_name_prefix="tinsmith-custom-lo
 
 
 def _check_datums(data: Sequence[Datum]) -> None:
+    if not isinstance(data, Sequence):
+        raise InvalidInput(f"data must be a list of Datum, got a {type(data).__name__}")
     for index, datum in enumerate(data):
         if not isinstance(datum, Datum):
             raise InvalidInput(f"data[{index}] is a {type(datum).__name__}, not a Datum")
 
 
+def _loss_config(config: Mapping[str, float] | None) -> dict[str, float]:
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping):
+        raise InvalidInput(f"loss_fn_config must map names to numbers, got {config!r}")
+    for name, value in config.items():
+        check_text("a name in loss_fn_config", name)
+        check_number(f"loss_fn_config[{name!r}]", value)
+    return dict(config)
+
+
 def _json_values(user_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    if user_metadata is None:
+        return {}
+    if not isinstance(user_metadata, Mapping):
+        raise InvalidInput(f"user_metadata must map names to JSON values, got {user_metadata!r}")
     try:
-        return json.loads(json.dumps(dict(user_metadata or {})))
-    except (TypeError, ValueError) as error:
+        # As it is written and read back: no NaN, no half of a surrogate pair, no number beyond 64 bits.
+        text = json.dumps(dict(user_metadata), allow_nan=False)
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise InvalidInput(f"user_metadata must hold JSON values: {error}") from None
 
 
@@ -516,13 +552,28 @@ def _custom_weights(
 
 
 class EnvClient(HasSync):
-    """A pool of environment workers. Episodes go to the worker with the fewest under way."""
+    """A pool of environment workers. Episodes go to the worker with the fewest under way.
 
-    def __init__(self, workers: Sequence[Handle], controller: Handle) -> None:
-        self._workers = list(workers)
+    `ask` has the controller give the workers, started anew if they went with a controller that died:
+    what they played is then played again.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        workers: list[Handle],
+        controller: Handle,
+        ask: Callable[[], Future[list[Handle]]],
+    ) -> None:
+        self._pool = pool
         self._controller = controller
-        self._running = [0] * len(self._workers)
+        self._way = Resending(workers, lambda held: held, lambda _: ask(), controller)
+        self._running = [0] * len(workers)
         self._lock = threading.Lock()
+
+    @property
+    def _workers(self) -> list[Handle]:
+        return self._way.grant
 
     def run_episode(self, spec: Any) -> Op[Trajectory]:
         """Play one episode (`envs.EpisodeSpec`) to its end; `cancel()` ends it before.
@@ -542,19 +593,21 @@ class EnvClient(HasSync):
         with self._lock:
             index = int(np.argmin(self._running))
             self._running[index] += 1
-        worker, name = self._workers[index], uuid.uuid4().hex
-        future = worker.call(method, name, spec)
+        name = uuid.uuid4().hex
+        future: Future[Any] = self._way.send(
+            lambda workers: workers[index].call(method, name, spec), "an episode"
+        )
 
         def leave(_: Future[Any]) -> None:
             with self._lock:
                 self._running[index] -= 1
 
         future.add_done_callback(leave)
-        return Op(future, withdraw=lambda: worker.call("withdraw", name))
+        return Op(future, withdraw=lambda: self._workers[index].call("withdraw", name))
 
     def close(self) -> Op[None]:
         """End the workers and whatever they play."""
-        return Op(self._controller.call("end_env_workers", self._workers))
+        return Op(self._controller.call("end_env_workers", self._pool))
 
     async def __aenter__(self) -> EnvClient:
         return self
@@ -606,31 +659,23 @@ class ServiceClient(HasSync):
             InvalidInput: a rank below 1, an unsupported model family.
             NotFound: no such model.
         """
+        check_text("base_model", base_model)
         lora = LoraConfig(
             rank, alpha, seed, train_attn, train_mlp, train_unembed, train_router, experts
         )
-        run_id = uuid.uuid4().hex[:12]
-        return self._training(
-            "create_run", run_id, base_model, lora, None, False, _json_values(user_metadata)
-        )
+        return self._create(base_model, lora, None, False, user_metadata)
 
     def create_training_client_from_state(
         self, path: str, *, user_metadata: Mapping[str, Any] | None = None
     ) -> Op[TrainingClient]:
         """Start a new run from a checkpoint's weights, with a fresh optimizer."""
-        run_id = uuid.uuid4().hex[:12]
-        return self._training(
-            "create_run", run_id, None, None, path, False, _json_values(user_metadata)
-        )
+        return self._create(None, None, path, False, user_metadata)
 
     def create_training_client_from_state_with_optimizer(
         self, path: str, *, user_metadata: Mapping[str, Any] | None = None
     ) -> Op[TrainingClient]:
         """Start a new run from a checkpoint's weights and optimizer state."""
-        run_id = uuid.uuid4().hex[:12]
-        return self._training(
-            "create_run", run_id, None, None, path, True, _json_values(user_metadata)
-        )
+        return self._create(None, None, path, True, user_metadata)
 
     def resume_training_client(self, run_id: str, *, path: str | None = None) -> Op[TrainingClient]:
         """Go on with a run where its log ends, whatever became of the learner or the whole service
@@ -644,7 +689,25 @@ class ServiceClient(HasSync):
             CorruptLog: the log is damaged; with `path` the run can go on.
             NotFound: no such run, or it was closed and has no checkpoint.
         """
+        check_text("run_id", run_id)
+        if path is not None:
+            check_text("path", path)
         return self._training("resume_run", run_id, path)
+
+    def _create(
+        self,
+        base_model: str | None,
+        lora: LoraConfig | None,
+        path: str | None,
+        optimizer: bool,
+        user_metadata: Mapping[str, Any] | None,
+    ) -> Op[TrainingClient]:
+        for name, text in (("base_model", base_model), ("path", path)):
+            if text is not None:
+                check_text(name, text)
+        run_id, creation = uuid.uuid4().hex[:12], uuid.uuid4().hex
+        how = (base_model, lora, path, optimizer, _json_values(user_metadata))
+        return self._training("create_run", run_id, *how, creation)
 
     def _training(self, method: str, *args: Any) -> Op[TrainingClient]:
         grant: Op[RunGrant] = Op(self.controller.call(method, *args))
@@ -656,6 +719,9 @@ class ServiceClient(HasSync):
         """A client for a saved checkpoint (`tinker://…`) or for a bare base model."""
         if (model_path is None) == (base_model is None):
             raise InvalidInput("give exactly one of model_path and base_model")
+        for name, text in (("model_path", model_path), ("base_model", base_model)):
+            if text is not None:
+                check_text(name, text)
         if model_path is not None:
             future = self.controller.call("grant_checkpoint_sampler", model_path)
         else:
@@ -667,10 +733,22 @@ class ServiceClient(HasSync):
     ) -> Op[EnvClient]:
         """Environment workers that render and tokenize for `base_model`; each plays up to
         `max_concurrent` episodes at once, every environment in a process of its own."""
-        workers: Op[list[Handle]] = Op(
-            self.controller.call("env_workers", base_model, num_workers, max_concurrent)
+        check_text("base_model", base_model)
+        counts = (
+            ("num_workers", num_workers, MAX_WORKERS),
+            ("max_concurrent", max_concurrent, MAX_EPISODES),
         )
-        return workers.then(lambda handles: EnvClient(handles, self.controller))
+        for name, count, most in counts:
+            check_integer(name, count)
+            if not 1 <= count <= most:
+                raise InvalidInput(f"{name} must be at least 1 and at most {most:,}, got {count}")
+        pool = uuid.uuid4().hex
+
+        def ask() -> Future[list[Handle]]:
+            how = (base_model, num_workers, max_concurrent)
+            return self.controller.call("env_workers", pool, *how)
+
+        return Op(ask()).then(lambda workers: EnvClient(pool, workers, self.controller, ask))
 
     def metrics(self) -> Op[str]:
         """What all processes of the service count and measure, in Prometheus's text format
@@ -682,10 +760,12 @@ class ServiceClient(HasSync):
         return Op(self.controller.call("list_runs"))
 
     def get_training_run(self, run_id: str) -> Op[TrainingRun]:
+        check_text("run_id", run_id)
         return Op(self.controller.call("get_run", run_id))
 
     def delete_training_run(self, run_id: str) -> Op[None]:
         """Forget a run: its memory, its checkpoints and its files."""
+        check_text("run_id", run_id)
         return Op(self.controller.call("delete_run", run_id))
 
     def close_training_run(self, run_id: str) -> Op[None]:
@@ -695,27 +775,35 @@ class ServiceClient(HasSync):
         Raises:
             NotFound: no such run.
         """
+        check_text("run_id", run_id)
         return Op(self.controller.call("close_run", run_id))
 
     def unload_model(self, base_model: str) -> Op[bool]:
-        """Free a base model's memory, ending its samplers' requests; the next use loads it again.
+        """Free a base model's memory; the next use, or a sample under way, loads it again.
         False, and nothing happens, while it has open runs (`close_training_run`)."""
+        check_text("base_model", base_model)
         return Op(self.controller.call("unload", base_model))
 
     def list_checkpoints(self, run_id: str | None = None) -> Op[list[Checkpoint]]:
         """Checkpoints of one run or of all, newest first."""
+        if run_id is not None:
+            check_text("run_id", run_id)
         return Op(self.controller.call("list_checkpoints", run_id))
 
     def delete_checkpoint(self, path: str) -> Op[None]:
         """Delete a checkpoint; who samples from it is told that it is gone."""
+        check_text("path", path)
         return Op(self.controller.call("delete_checkpoint", path))
 
     def set_checkpoint_ttl(self, path: str, ttl_seconds: int | None) -> Op[None]:
         """Have a checkpoint deleted `ttl_seconds` from now; None keeps it."""
+        check_text("path", path)
         return Op(self.controller.call("set_checkpoint_ttl", path, check_ttl(ttl_seconds)))
 
     def publish_checkpoint(self, path: str, public: bool = True) -> Op[None]:
         """Let all users of a gateway with keys read a checkpoint, or no longer."""
+        check_text("path", path)
+        check_flag("public", public)
         return Op(self.controller.call("publish_checkpoint", path, public))
 
     def copy_checkpoint(self, path: str, run_id: str) -> Op[str]:
@@ -725,6 +813,8 @@ class ServiceClient(HasSync):
             InvalidInput: the run has a checkpoint of that name, or another base model or LoRA.
             NotFound: no such checkpoint or run.
         """
+        check_text("path", path)
+        check_text("run_id", run_id)
         return Op(self.controller.call("copy_checkpoint", path, run_id))
 
     def close(self) -> None:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import Unavailable
-from .op import Handle, completed, forward_result
-from .sync import later
+from .op import Handle, failed, forward_result
+from .resending import RETRY_SECONDS, Resending
 from .window import Window
-
-RETRY_SECONDS = 300.0  # how long a learner may fail to come back, from the first failure
-PAUSE_SECONDS = 0.5  # between two attempts
 
 
 @dataclass(frozen=True)
@@ -29,17 +23,13 @@ class RunGrant:
     next_seq_id: int
 
 
-@dataclass(eq=False)
-class _Sent:
-    """An operation under way; `trace`: the `traceparent` of who sent it; `failed`: when its learner
-    was first found dead."""
+@dataclass(frozen=True)
+class Answered:
+    """What a client knows of a run's operations: what became of all `before` a number, and that those
+    in `failed`, from that number on, failed."""
 
-    seq_id: int
-    kind: str
-    args: dict[str, Any]
-    trace: str | None = None
-    target: Future[Any] = field(default_factory=Future)
-    failed: float | None = None
+    before: int
+    failed: list[int] = field(default_factory=list)
 
 
 class LearnerLink:
@@ -47,8 +37,9 @@ class LearnerLink:
     the learner that takes its place, with the run as its log has it, and the operation is sent
     again under its number: it is applied once, whatever the first had done.
 
-    `answered()`: the number before which the client knows what became of all operations. The learner
-    passes over those of them that it misses: they were refused, when nothing could be written.
+    `answered()`: which operations the client knows the outcome of. The learner passes over those of
+    them that it misses: they were refused, when nothing could be written.
+    `keep`: it also keeps their results, for a client that may ask for one again.
 
     What is more than a window's worth of data waits here, and not in the learner's memory.
 
@@ -60,107 +51,63 @@ class LearnerLink:
         self,
         grant: RunGrant,
         controller: Handle,
-        answered: Callable[[], int],
+        answered: Callable[[], Answered],
+        keep: bool = False,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
-        self.grant = grant
-        self._answered_before = answered
-        self._controller = controller
-        self._retry_seconds = retry_seconds
-        self._lock = threading.Lock()
-        self._asking: Future[RunGrant] | None = None
+        self._answered, self._keep = answered, keep
         self._window = Window()
+        self._way = Resending(
+            grant,
+            lambda held: held.learner,
+            lambda held: controller.call("reopen_run", held.run_id),
+            controller,
+            retry_seconds,
+            "the run's log is kept: service.resume_training_client(run_id) goes on from there",
+        )
+
+    @property
+    def grant(self) -> RunGrant:
+        return self._way.grant
 
     def submit(
         self, seq_id: int, kind: str, args: dict[str, Any], trace: str | None = None
     ) -> Future[Any]:
         """Send an operation, now or when there is room; the future has its result."""
-        sent = _Sent(seq_id, kind, args, trace)
-        sent.target.add_done_callback(lambda _: self._window.leave(seq_id))
+
+        def call(grant: RunGrant) -> Future[Any]:
+            operation = (grant.run_id, seq_id, kind, args)
+            answered = self._answered()
+            delivered = 1 if self._keep else answered.before
+            known = (answered.before, answered.failed, delivered)
+            try:
+                return grant.learner.call("submit", *operation, *known, trace)
+            except Exception as error:
+                # It cannot be carried. Its number is taken: let the log pass over it.
+                grant.learner.call("submit", grant.run_id, seq_id, "skip", {})
+                return failed(error)
+
+        def send() -> None:
+            what = f"operation {seq_id} ({kind}) of run {self.grant.run_id}"
+            sent = self._way.send(call, what)
+            sent.add_done_callback(lambda _: self._window.leave(seq_id))
+            forward_result(sent, target)
+
+        target: Future[Any] = Future()
         size = sum(datum.nbytes for datum in args.get("data", ()))
-        self._window.enter(seq_id, size, lambda: self._send(sent))
-        return sent.target
+        self._window.enter(seq_id, size, send)
+        return target
+
+    def outcome(self, seq_id: int) -> Future[tuple[str, Any]]:
+        """The kind and the result of an operation that was submitted before, by whomever.
+
+        Raises:
+            NotFound: it never came to the run's log, or its result is not kept any more.
+        """
+        what = f"operation {seq_id} of run {self.grant.run_id}"
+        return self._way.send(
+            lambda grant: grant.learner.call("outcome", grant.run_id, seq_id), what
+        )
 
     def withdraw(self, seq_id: int) -> Future[bool]:
         return self.grant.learner.call("withdraw", self.grant.run_id, seq_id)
-
-    def _send(self, sent: _Sent) -> None:
-        learner = self.grant.learner
-        operation = (self.grant.run_id, sent.seq_id, sent.kind, sent.args)
-        try:
-            call = learner.call("submit", *operation, self._answered_before(), sent.trace)
-        except Exception as error:
-            # It cannot be carried. Its number is taken: let the log pass over it.
-            learner.call("submit", self.grant.run_id, sent.seq_id, "skip", {})
-            sent.target.set_exception(error)
-            return
-
-        def settle(done: Future[Any]) -> None:
-            error = done.exception()
-            if isinstance(error, Unavailable):
-                sent.failed = sent.failed or time.monotonic()
-                asked = self._ask(learner)
-                asked.add_done_callback(lambda answer: self._again(sent, learner, error, answer))
-            else:
-                forward_result(done, sent.target)
-
-        call.add_done_callback(settle)
-
-    def _ask(self, dead: Handle) -> Future[RunGrant]:
-        """The grant of the learner in the place of one; all who wait share the question."""
-        with self._lock:
-            if self._asking is not None:
-                return self._asking
-            if self.grant.learner != dead:
-                return completed(self.grant)
-            asking = self._asking = self._controller.call("reopen_run", self.grant.run_id)
-        asking.add_done_callback(self._answered)  # which may be at once, and takes the lock
-        return asking
-
-    def _answered(self, answer: Future[RunGrant]) -> None:
-        with self._lock:
-            self._asking = None
-            if answer.exception() is None:
-                self.grant = answer.result()
-
-    def _again(
-        self, sent: _Sent, learner: Handle, error: Unavailable, answer: Future[RunGrant]
-    ) -> None:
-        refused = answer.exception()
-        if refused is None:
-            if answer.result().learner == learner:
-                sent.target.set_exception(error)  # the operation's own: the learner lives
-            else:
-                self._send(sent)
-        elif not isinstance(refused, Unavailable):
-            # A run that was closed meanwhile, or that cannot be recovered.
-            refused.__cause__ = error
-            sent.target.set_exception(error if isinstance(refused, LookupError) else refused)
-        else:
-            self._later(sent, learner, error, refused)
-
-    def _later(
-        self, sent: _Sent, learner: Handle, error: Unavailable, refused: Unavailable
-    ) -> None:
-        """Try again after a pause, as long as there is time and a controller."""
-
-        def decide(pinged: Future[Any]) -> None:
-            assert sent.failed is not None
-            if pinged.exception() is not None:
-                sent.target.set_exception(error)
-            elif time.monotonic() - sent.failed > self._retry_seconds:
-                late = Unavailable(
-                    f"operation {sent.seq_id} ({sent.kind}) of run {self.grant.run_id}: no learner "
-                    f"could be had for {self._retry_seconds:.0f} s ({refused}). The run's log is "
-                    "kept: service.resume_training_client(run_id) goes on from there"
-                )
-                late.__cause__ = error
-                sent.target.set_exception(late)
-            else:
-                later(PAUSE_SECONDS, lambda: self._ask_again(sent, learner, error))
-
-        self._controller.call("ping").add_done_callback(decide)
-
-    def _ask_again(self, sent: _Sent, learner: Handle, error: Unavailable) -> None:
-        asked = self._ask(learner)
-        asked.add_done_callback(lambda answer: self._again(sent, learner, error, answer))

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from .arguments import check_flag, check_integer, check_number, check_text
 from .errors import InvalidInput
 
 Message: TypeAlias = dict[str, Any]
@@ -22,6 +23,17 @@ MAX_SEED = (1 << 63) - 1
 ROUTED_EXPERTS = "routed_experts"
 
 
+def as_array(values: Any, what: str) -> np.ndarray:
+    """
+    Raises:
+        InvalidInput: lists of several lengths, or nothing that numpy takes.
+    """
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise InvalidInput(f"{what} is no array: {error}") from None
+
+
 def token_array(tokens: Any, what: str = "tokens") -> np.ndarray:
     """Coerce token ids to int64 `[T]`.
 
@@ -30,7 +42,7 @@ def token_array(tokens: Any, what: str = "tokens") -> np.ndarray:
     """
     if isinstance(tokens, ModelInput):
         return tokens.tokens
-    array = np.asarray(tokens)
+    array = as_array(tokens, what)
     if array.size == 0:
         array = array.astype(np.int64)
     if array.ndim != 1:
@@ -89,9 +101,14 @@ class Datum:
     def __post_init__(self) -> None:
         if not isinstance(self.model_input, ModelInput):
             object.__setattr__(self, "model_input", ModelInput(self.model_input))
+        if not isinstance(self.loss_fn_inputs, Mapping):
+            raise InvalidInput(
+                f"loss_fn_inputs must map names to arrays, got {self.loss_fn_inputs!r}"
+            )
         inputs = {}
-        for name, value in dict(self.loss_fn_inputs).items():
-            array = np.asarray(value)
+        for name, value in self.loss_fn_inputs.items():
+            check_text("the name of a loss_fn_input", name)
+            array = as_array(value, f"loss_fn_inputs[{name!r}]")
             if array.dtype.kind not in "biuf":
                 raise InvalidInput(f"loss_fn_inputs[{name!r}] is not numeric: dtype {array.dtype}")
             if array.dtype.kind == "f":
@@ -106,6 +123,8 @@ class Datum:
 
 
 def _check_seed(seed: int | None) -> None:
+    if seed is not None:
+        check_integer("seed", seed)
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise InvalidInput(f"seed must be between 0 and 2**63 - 1, got {seed}")
 
@@ -136,11 +155,14 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise InvalidInput(f"rank must be an integer of at least 1, got {self.rank!r}")
-        if not np.isfinite(self.alpha) or self.alpha <= 0:
+        check_number("alpha", self.alpha)
+        if not np.isfinite(float(self.alpha)) or self.alpha <= 0:
             raise InvalidInput(f"alpha must be a positive number, got {self.alpha!r}")
-        if self.experts not in get_args(ExpertAdapters):
+        if not isinstance(self.experts, str) or self.experts not in get_args(ExpertAdapters):
             raise InvalidInput(f'experts must be "each" or "shared", got {self.experts!r}')
         groups = ("train_attn", "train_mlp", "train_unembed", "train_router")
+        for group in groups:
+            check_flag(group, getattr(self, group))
         if not any(getattr(self, group) for group in groups):
             raise InvalidInput(f"set at least one of {', '.join(groups)}")
         _check_seed(self.seed)
@@ -163,10 +185,12 @@ class AdamParams:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
             value = getattr(self, name)
-            if not np.isfinite(value) or value < 0:
+            check_number(f"AdamParams.{name}", value)
+            if not np.isfinite(float(value)) or value < 0:
                 raise InvalidInput(f"AdamParams.{name} must be finite and >= 0, got {value!r}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
+            check_number(f"AdamParams.{name}", value)
             if not 0 <= value < 1:
                 raise InvalidInput(f"AdamParams.{name} must be in [0, 1), got {value!r}")
 
@@ -193,18 +217,29 @@ class SamplingParams:
     return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            check_integer("max_tokens", self.max_tokens)
+        check_number("temperature", self.temperature)
+        check_integer("top_k", self.top_k)
+        check_number("top_p", self.top_p)
+        check_flag("return_routed_experts", self.return_routed_experts)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidInput(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not np.isfinite(self.temperature) or self.temperature < 0:
+        if not np.isfinite(float(self.temperature)) or self.temperature < 0:
             raise InvalidInput(f"temperature must be finite and >= 0, got {self.temperature}")
         if self.top_k != -1 and not 1 <= self.top_k < 2**31:
             raise InvalidInput(f"top_k must be -1 (off) or from 1 to 2**31 - 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InvalidInput(f"top_p must be in (0, 1], got {self.top_p}")
         _check_seed(self.seed)
+        listed = isinstance(self.stop, np.ndarray) and self.stop.ndim == 1
+        if self.stop is not None and not listed and not isinstance(self.stop, str | Sequence):
+            raise InvalidInput(f"stop must be a string or a list, got {self.stop!r}")
         kinds = {type(item) for item in self.stop_list}
         if not (kinds <= {str} or kinds <= {int}):
             raise InvalidInput("stop must hold strings or token ids, not both")
+        if any(not 0 <= token < 1 << 31 for token in self.stop_tokens):
+            raise InvalidInput(f"stop holds what is no token id: {self.stop!r}")
         for stop in self.stop_strings:
             try:
                 stop.encode()
@@ -266,15 +301,22 @@ class SampleRequest:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", token_array(self.prompt, "prompt"))
+        if not isinstance(self.params, SamplingParams):
+            raise InvalidInput(f"sampling_params must be SamplingParams, got {self.params!r}")
+        check_flag("prompt_logprobs", self.prompt_logprobs)
+        check_integer("num_samples", self.num_samples)
         length = len(self.prompt)
         if length == 0:
             raise InvalidInput("prompt is empty: give at least one token")
         if self.num_samples < 1:
             raise InvalidInput(f"num_samples must be at least 1, got {self.num_samples}")
         for name in ("topk_prompt_logprobs", "prompt_alt_tokens_k", "topk_sample_logprobs"):
+            check_integer(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise InvalidInput(f"{name} must be >= 0, got {getattr(self, name)}")
         last_n = self.prompt_logprobs_last_n
+        if last_n is not None:
+            check_integer("prompt_logprobs_last_n", last_n)
         if last_n is not None and not (self.prompt_logprobs or self.topk_prompt_logprobs):
             raise InvalidInput("prompt_logprobs_last_n needs prompt_logprobs")
         if last_n is not None and not 1 <= last_n < length:
@@ -288,7 +330,8 @@ class SampleRequest:
 
 
 def _prompt_targets(tokens: Any, length: int) -> np.ndarray:
-    array, what = np.asarray(tokens), "target_prompt_logprobs"
+    what = "target_prompt_logprobs"
+    array = as_array(tokens, what)
     if array.ndim != 2 or len(array) != length - 1:
         raise InvalidInput(
             f"{what} must have shape [{length - 1}, K], a row for every prompt token but the "

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = ("primitives", "envs", "algorithms", "engines", "actors", "gateway", "cli")
+FLOORS = ("primitives", "envs", "algorithms", "engines", "actors", "gateway", "cli", "chaos")
 
 
 def files(*folders: str) -> list[Path]:

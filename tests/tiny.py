@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -108,3 +109,7 @@ def make_tiny_model(
     model.to(torch.float32).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+if __name__ == "__main__":
+    make_tiny_model(sys.argv[1])

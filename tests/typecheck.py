@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOMS = ("primitives", "envs", "algorithms", "engines", "actors", "gateway", "cli")
+ROOMS = ("primitives", "envs", "algorithms", "engines", "actors", "gateway", "cli", "chaos")
 
 
 def main() -> int:

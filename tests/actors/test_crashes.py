@@ -9,10 +9,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from typer.testing import CliRunner
 
 from tests.data import text_datum
-from tinsmith.actors.notes import read_notes
+from tinsmith.actors.notes import SLOTS, Notes, read_notes
 from tinsmith.cli import app
 
 MODEL = "tiny-qwen3"  # whose actors only tests of faults use
@@ -88,3 +89,24 @@ async def test_an_actor_that_is_ended_on_purpose_is_no_crash(service):
 
 def _crashes(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("tinsmith_crashes_total")]
+
+
+def test_a_full_disk_costs_the_notes_and_not_the_process_that_makes_them(tmp_path):
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        notes = Notes(tmp_path / "first", "learner of x")
+        (tmp_path / "rest").touch()
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "rest").write_bytes(bytes(1 << 20))
+        for op in range(SLOTS):  # all of it was there before the disk was full
+            notes.begin("forward", "run", op, 1)
+        noted = read_notes(tmp_path / "first")
+        assert noted is not None
+        assert len(noted[1]) == SLOTS
+        without = Notes(tmp_path / "second", "learner of x")
+        without.end(without.begin("forward", "run", 1, 1))
+        assert read_notes(tmp_path / "second") is None
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)

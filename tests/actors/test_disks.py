@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import tinsmith
@@ -81,7 +82,7 @@ async def test_with_a_disk_that_fails_now_and_then_what_was_refused_was_not_done
         if seq_id in (11, 21):  # a crash: what is on disk now, and nothing more of this life
             broken = False
             home, crashed = tmp_path / str(seq_id), home
-            shutil.copytree(crashed, home)
+            shutil.copytree(crashed, home, ignore=shutil.ignore_patterns(".tmp-*"))
             await stop(learner)
             learner = await started(tiny_llama, home, replay_seconds)
             await learner.recover("run")
@@ -128,7 +129,7 @@ async def test_a_disk_that_stays_broken_refuses_until_it_is_mended(
     learner = await started(tiny_llama, tmp_path, 1e9)
     await learner.open_run("run", LORA, None, False)
     await learner.open_run("other", LORA, None, False)
-    await submit(learner, 1)
+    first = await submit(learner, 1)
     broken = True
     fail_fsync(monkeypatch, lambda: broken, errno.ENOSPC)
     size = sum(file.stat().st_size for file in tmp_path.rglob("*.wal"))
@@ -137,6 +138,8 @@ async def test_a_disk_that_stays_broken_refuses_until_it_is_mended(
             await asyncio.wait_for(submit(learner, seq_id, answered=seq_id), 60)
     with pytest.raises(tinsmith.StorageFailure):
         await learner.recover("run")
+    # What was done is not said to have been refused: a client would do it again.
+    assert_same(await submit(learner, 1), first)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.wal")) == size
     broken = False
     await mended(learner)
@@ -177,6 +180,56 @@ async def test_an_operation_refused_before_a_crash_leaves_no_gap(tiny_llama, tmp
     learner = await started(tiny_llama, tmp_path / "b", 1e9)
     assert await learner.recover("run") == 7
     assert_same_state(learner, engine)
+    await stop(learner)
+
+
+async def test_what_was_refused_before_a_crash_is_known_though_what_came_before_it_is_not(
+    tiny_llama, tmp_path, engine
+):
+    learner = await started(tiny_llama, tmp_path, 1e9)
+    await learner.open_run("run", LORA, None, False)
+    log = learner.logs["run"].journal.log
+    real, log._file = log._file, -1  # as a disk that takes nothing
+    with pytest.raises(tinsmith.StorageFailure, match="cannot be written"):
+        await submit(learner, 2)
+    log._file = real
+    await stop(learner)
+    learner = await started(tiny_llama, tmp_path, 1e9)
+    assert await learner.recover("run") == 1
+    # The client sends again what it has no answer of; 2 has one, and is missing for good.
+    kind, args = OPS[2]
+    third = asyncio.create_task(learner.submit("run", 3, kind, arguments(kind, args), 1, [2]))
+    await submit(learner, 1)
+    stepped = await asyncio.wait_for(third, 60)
+    for n in (1, 3):
+        kind, args = OPS[n - 1]
+        result = getattr(engine, kind)("run", *args)
+    assert_same(stepped, result)
+    await stop(learner)
+
+
+async def test_what_is_refused_while_a_disk_fails_is_not_waited_for_when_it_is_mended(
+    tiny_llama, tmp_path, engine, monkeypatch
+):
+    monkeypatch.setattr(learner_module, "MEND_SECONDS", 0.01)
+    learner = await started(tiny_llama, tmp_path, 1e9)
+    await learner.open_run("run", LORA, None, False)
+    early = asyncio.create_task(submit(learner, 6))  # waits for its turn
+    await asyncio.sleep(0)
+    await asyncio.wrap_future(learner.logs["run"].journal.on_disk())
+    broken = True
+    fail_fsync(monkeypatch, lambda: broken, errno.ENOSPC)
+    for seq_id in (1, 2):  # the one is cut off the log, the other does not come into it
+        with pytest.raises(tinsmith.StorageFailure):
+            await asyncio.wait_for(submit(learner, seq_id), 60)
+    broken = False
+    await mended(learner)
+    rest = [submit(learner, seq_id) for seq_id in (3, 4, 5)]  # sent before the answers were there
+    *_, stepped = await asyncio.wait_for(asyncio.gather(*rest, early), 60)
+    for n in (3, 4, 5, 6):
+        kind, args = OPS[n - 1]
+        result = getattr(engine, kind)("run", *args)
+    assert_same(stepped, result)
     await stop(learner)
 
 
@@ -273,6 +326,47 @@ async def test_what_was_loaded_is_loaded_again_or_it_is_said_that_it_is_gone(tin
             tinsmith.CorruptLog, match=r"wal at byte 0: operation 1 \(load_state\).*path="
         ):
             await learner.recover("run")
+    await stop(learner)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        (MANIFEST, b"{}", "manifest.json"),
+        (MANIFEST, b"[" * 100_000, "manifest.json"),
+        (MANIFEST, b'{"base_model": "tiny", "lora": {"rank": 0}, "version": 1}', "rank"),
+        (MANIFEST, b'{"base_model": "tiny", "lora": {}, "version": -1}', "version"),
+        (adapter_files.CONFIG, b'{"r": 4, "lora_alpha": "32"}', "adapter_config.json is damaged"),
+        (adapter_files.CONFIG, b"\xff", "adapter_config.json is damaged"),
+        (adapter_files.WEIGHTS, b"\xff" * 8, "adapter_model.safetensors is damaged"),
+        ("optimizer.safetensors", b"", "optimizer state of .* is damaged"),
+        # One number for all, which could be taken for a whole moment.
+        ("optimizer.safetensors", {"exp_avg": torch.ones(1)}, "no exp_avg of"),
+        ("optimizer.safetensors", {"exp_avg_sq": -1}, "exp_avg_sq that no optimizer can have"),
+        ("optimizer.safetensors", {"step": torch.tensor(-1)}, "how many steps"),
+    ],
+)
+async def test_a_damaged_checkpoint_is_refused_with_what_is_wrong_and_changes_nothing(
+    tiny_llama, tmp_path, file, content, told
+):
+    learner = await started(tiny_llama, tmp_path, 1e9)
+    await learner.open_run("run", LORA, None, False)
+    for seq_id in (1, 2, 3):
+        await submit(learner, seq_id)
+    path, before = save(learner, "run", "saved"), learner.engine.state("run", True)
+    state = learner.engine.state("run")
+    del state["params"]
+    folder = tmp_path / "runs/run/weights/saved"
+    (folder / "optimizer.safetensors").write_bytes(safetensors.torch.save(state))
+    if isinstance(content, dict):
+        for name, value in content.items():
+            state[name] = torch.full_like(state[name], value) if isinstance(value, int) else value
+        content = safetensors.torch.save(state)
+    (folder / file).write_bytes(content)
+    with pytest.raises(tinsmith.InvalidInput, match=told):
+        await learner.submit("run", 4, "load_state", dict(path=path, optimizer=True))
+    for name, tensor in learner.engine.state("run", True).items():
+        assert torch.equal(tensor, before[name])
     await stop(learner)
 
 

@@ -10,6 +10,7 @@ import ray
 
 import tinsmith
 from tests.actors.test_checkpoints import assert_same_weights, train
+from tests.actors.test_recovery import kill_one
 from tests.actors.test_training import LORA, new_run
 from tests.data import text_datum
 
@@ -58,26 +59,39 @@ async def assert_version(training, version: int) -> None:
     assert (await training.get_info()).version == version
 
 
-async def test_a_sampler_that_dies_is_named_and_the_next_publication_starts_another(service):
+async def test_a_pool_that_dies_comes_back_with_all_versions_and_samples_the_same_again(service):
     training = await new_run(service, LORA, MODEL)
+    await train(training, 0)
+    pinned = await training.save_weights_and_get_sampling_client()
     live = await training.live_sampling_client().ready()
-    request = live.sample(PROMPT, 8, PARAMS)
+    await train(training, 1)
+    path = (await training.save_weights_for_sampler("saved")).path
+    saved = await service.create_sampling_client(path)
+    base = await service.create_sampling_client(base_model=MODEL)
+    clients = (pinned, live, saved, base)
+    wanted = await asyncio.gather(*(client.sample(PROMPT, 2, PARAMS) for client in clients))
+
+    under_way = [client.sample(PROMPT, 2, PARAMS) for client in clients]
     stream = live.sample_stream(PROMPT, 1, PARAMS)
     await anext(stream)
-    kill(live._grant.result().sampler)
+    kill_one("SamplerPool")
     with pytest.raises(tinsmith.Unavailable, match="the sampler actor is gone"):
-        await asyncio.wait_for(request, 30)
-    with pytest.raises(tinsmith.Unavailable, match="the sampler actor is gone"):
-        await asyncio.wait_for(drain(stream), 30)
-    step = training.optim_step()  # publishes
-    with pytest.raises(tinsmith.Unavailable, match="the sampler actor is gone"):
-        await asyncio.wait_for(step, 30)
-    # The step itself was taken; only its publication failed.
-    assert (await training.get_info()).version == 1
-    live = await asyncio.wait_for(training.live_sampling_client().ready(), 60)
-    response = await live.sample(PROMPT, 1, tinsmith.SamplingParams(max_tokens=4))
-    assert set(response.sequences[0].versions) == {1}
-    await training.optim_step()
+        await asyncio.wait_for(drain(stream), 30)  # it had begun
+    for op, response in zip(under_way, wanted, strict=True):
+        got = await asyncio.wait_for(op, 120)
+        for a, b in zip(got.sequences, response.sequences, strict=True):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+            assert set(a.versions) == set(b.versions)
+
+    kill_one("SamplerPool")
+    step = training.optim_step()  # publishes: to the pool that takes its place
+    assert (await asyncio.wait_for(step, 120)).version == 5
+    few = tinsmith.SamplingParams(max_tokens=4)
+    assert set((await live.sample(PROMPT, 1, few)).sequences[0].versions) == {5}
+    # A version from before it is newer to the new pool, but not the newest.
+    assert set((await pinned.sample(PROMPT, 1, few)).sequences[0].versions) == {2}
+    assert set((await live.sample(PROMPT, 1, few)).sequences[0].versions) == {5}
 
 
 async def test_an_environment_worker_that_dies_costs_its_episodes_and_comes_back(service):

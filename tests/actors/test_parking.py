@@ -82,10 +82,7 @@ async def test_an_idle_model_is_unloaded_and_comes_back(service):
         await service.close_training_run(run.run_id)
     old = await service.create_sampling_client(base_model="tiny-qwen3")
     assert await service.unload_model("tiny-qwen3")
-    with pytest.raises(tinsmith.Unavailable):
-        await old.sample([1, 2], 1, tinsmith.SamplingParams(max_tokens=1))
-    new = await service.create_sampling_client(base_model="tiny-qwen3")
-    assert (await new.sample([1, 2], 1, tinsmith.SamplingParams(max_tokens=1))).sequences
+    assert (await old.sample([1, 2], 1, tinsmith.SamplingParams(max_tokens=1))).sequences
     assert await service.create_lora_training_client("tiny-qwen3", rank=2)
 
 

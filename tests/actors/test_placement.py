@@ -98,7 +98,7 @@ def test_actors_sit_where_the_cluster_was_asked_to_put_them(tiny_home):
                 told["free"] = [free.get("GPU", 0), free.get("CPU", 0)]
                 workers = await service.create_env_client("tiny-llama", num_workers=2)
                 told["workers"] = [nodes(g) for g in groups() if g["bundles"] != group["bundles"]]
-                await Op(service.controller.call("end_env_workers", workers._workers))
+                await workers.close()
                 await service.close_training_run(training.run_id)
                 assert await Op(service.controller.call("unload", "tiny-llama"))
                 async with asyncio.timeout(30):

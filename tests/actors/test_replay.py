@@ -4,6 +4,7 @@ what the operations give one after the other."""
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 
 import numpy as np
@@ -143,6 +144,44 @@ async def test_withdrawn_operations_stay_withdrawn(tiny_llama, tmp_path, sequent
     await stop(learner)
 
 
+@pytest.mark.parametrize("came_before", [False, True])
+async def test_what_is_being_withdrawn_when_the_learner_dies_is_withdrawn_or_done(
+    tiny_llama, tmp_path, came_before
+):
+    ops = [(kind, arguments(kind, args)) for kind, args in script(0, COUNT)]
+    learner = await started(tiny_llama, tmp_path / "a", 1e9)
+    await learner.open_run("run", LORA, None, False)
+    log = learner.logs["run"].journal.log
+    if came_before:
+        early = asyncio.create_task(learner.submit("run", 2, *ops[0]))
+        await asyncio.sleep(0)
+        assert not early.done()
+    ends = [log.end]
+    real, write = log.append, lambda payload: (real(payload), ends.append(log.end))[0]
+    log.append = write
+    assert await learner.withdraw("run", 2)
+    log.append = real
+    if came_before:
+        with pytest.raises(tinsmith.OpCancelled):
+            await early
+    await stop(learner)
+    for end in ends:  # a crash after each of what was written
+        home = tmp_path / str(end)
+        shutil.copytree(tmp_path / "a", home)
+        (segment,) = (home / "runs/run/log").glob("*.wal")
+        os.truncate(segment, end)
+        learner = await started(tiny_llama, home, 1e9)
+        await learner.recover("run")
+        second = asyncio.create_task(learner.submit("run", 2, *ops[0]))
+        await learner.submit("run", 1, *ops[1])
+        if end == ends[0]:
+            assert (await second).loss_fn_outputs
+        else:
+            with pytest.raises(tinsmith.OpCancelled, match="withdrawn"):
+                await second
+        await stop(learner)
+
+
 async def test_a_log_that_cannot_be_written_refuses_and_goes_on(tiny_llama, tmp_path, monkeypatch):
     learner = await started(tiny_llama, tmp_path, 1e9)
     await learner.open_run("run", LORA, None, False)
@@ -162,4 +201,19 @@ async def test_a_log_that_cannot_be_written_refuses_and_goes_on(tiny_llama, tmp_
         await learner.submit("run", 2, *ops[1])
     for name, tensor in learner.engine.state("run", True).items():
         assert torch.equal(tensor, state[name])
+    await stop(learner)
+
+
+async def test_results_that_the_client_has_are_kept_no_longer(tiny_llama, tmp_path):
+    ops = [(kind, arguments(kind, args)) for kind, args in script(0, 7)]
+    learner = await started(tiny_llama, tmp_path, 1e9)
+    await learner.open_run("run", LORA, None, False)
+    given = [await learner.submit("run", n, *ops[n - 1]) for n in range(1, 7)]
+    await learner.submit("run", 7, *ops[6], delivered=5)
+    log = learner.logs["run"]
+    assert list(log.results) == [5, 6, 7]
+    assert [record.seq_id for record in log.journal.results(8)] == [5, 6, 7]
+    assert await learner.submit("run", 6, *ops[5]) is given[5]
+    with pytest.raises(tinsmith.InvalidInput, match="no longer kept"):
+        await learner.submit("run", 4, *ops[3])
     await stop(learner)

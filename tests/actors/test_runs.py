@@ -81,13 +81,10 @@ async def test_a_model_is_unloaded_when_no_run_is_open_and_loaded_again_by_its_n
     await service.close_training_run(training.run_id)
     assert await service.unload_model(tiny_qwen2) is True
     assert (await saving).path == f"tinker://{training.run_id}/weights/last"
-    with pytest.raises(tinsmith.Unavailable, match="the sampler actor is gone"):
-        await asyncio.wait_for(policy.sample(prompt, 1, params), 30)
     with pytest.raises(tinsmith.Unavailable, match="the learner actor is gone"):
         await asyncio.wait_for(training.get_info(), 30)
     assert await service.unload_model(tiny_qwen2) is True
 
-    policy = await service.create_sampling_client(base_model=tiny_qwen2)
     after = await policy.sample(prompt, 1, params)
     np.testing.assert_array_equal(before.sequences[0].tokens, after.sequences[0].tokens)
     again = await service.resume_training_client(training.run_id)

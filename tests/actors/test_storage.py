@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import resource
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import tinsmith
 from tinsmith.actors.archive import adapter_archive, adapter_files, adapter_sizes
 from tinsmith.actors.storage import Storage
+from tinsmith.primitives.errors import StorageFailure
 from tinsmith.primitives.paths import CheckpointPath
 
 PATH = "tinker://0f8e:train:0/weights/step-1"
@@ -129,3 +131,15 @@ def test_a_home_may_be_given_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(Storage(Path("home")))
     assert Storage(tmp_path / "home").read_manifest(PATH) == {"version": 3}
+
+
+def test_a_disk_that_takes_nothing_is_told_as_such_and_leaves_nothing_behind(tmp_path):
+    storage = Storage(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limit[1]))
+    try:
+        with pytest.raises(StorageFailure, match=r"runs/r/weights/a cannot be written.*too large"):
+            storage.stage("runs/r/weights/a", {"adapter": bytes(100)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list((tmp_path / "runs/r/weights").iterdir()) == []

@@ -40,14 +40,18 @@ def payloads(log: Log) -> list[bytes]:
     return [bytes(payload) for _, payload in log.records()]
 
 
+def segments(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.wal"))
+
+
 def size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    return sum(file.stat().st_size for file in segments(folder))
 
 
 def cut_files(folder: Path, total: int) -> None:
     """As after a crash that left `total` bytes."""
-    for file in sorted(folder.iterdir()):
-        begin = int(file.stem)
+    for file in segments(folder):
+        begin = int(file.stem[:20])
         if begin >= total and begin:
             file.unlink()
         else:
@@ -86,7 +90,7 @@ def test_records_come_back_with_their_positions_and_old_segments_are_trimmed(thr
     with opened(tmp_path, thread, segment_bytes=200) as log:
         positions = [log.append(bytes([i]) * 50) for i in range(20)]
         assert [position for position, _ in log.records()] == positions
-        assert len(list(tmp_path.iterdir())) == 7
+        assert len(segments(tmp_path)) == 7
         log.trim(positions[10])
         assert log.start == positions[9]  # its segment begins there
     with opened(tmp_path, thread) as log:
@@ -99,7 +103,7 @@ def test_a_torn_tail_is_cut_with_a_warning(thread, tmp_path, caplog):
     with opened(tmp_path, thread) as log:
         log.append(b"whole")
         log.append(b"torn" * 10)
-    (file,) = tmp_path.iterdir()
+    (file,) = segments(tmp_path)
     os.truncate(file, file.stat().st_size - 1)
     with caplog.at_level(logging.WARNING), opened(tmp_path, thread) as log:
         assert payloads(log) == [b"whole"]
@@ -114,7 +118,7 @@ def test_damage_before_what_was_synced_is_refused_with_its_place(thread, tmp_pat
         for i in range(9):
             log.append(b"%d" % i * 30)
             log.synced().result()
-    first, second, *_ = sorted(tmp_path.iterdir())
+    first, second, *_ = segments(tmp_path)
     data = bytearray(second.read_bytes())
     data[60] ^= 1
     second.write_bytes(data)
@@ -132,7 +136,7 @@ def test_of_what_was_never_synced_a_later_part_may_survive_an_earlier_one(thread
         log.synced().result()
         torn = log.append(b"torn" * 10)
         log.append(b"whole")
-    (file,) = tmp_path.iterdir()
+    (file,) = segments(tmp_path)
     data = bytearray(file.read_bytes())
     data[torn + 30] ^= 1
     file.write_bytes(data)
@@ -236,7 +240,7 @@ for _ in range(2):
         assert "File too large" in str(error)
     else:
         raise AssertionError
-    assert Path(sys.argv[1], "0" * 20 + ".wal").stat().st_size == log.end
+    assert Path(sys.argv[1], "0" * 20 + "-0000000001.wal").stat().st_size == log.end
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 log.append(b"after")
 log.close()

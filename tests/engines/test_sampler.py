@@ -346,6 +346,12 @@ def test_alternative_prompt_tokens_are_drawn_from_the_models_distribution(tiny_l
     np.testing.assert_array_equal(again.tokens, alternatives.tokens)
 
 
+def test_more_alternatives_than_memory_holds_are_refused(llama):
+    request = SampleRequest([1, 2], SamplingParams(max_tokens=1), prompt_alt_tokens_k=1 << 40)
+    with pytest.raises(tinsmith.InvalidInput, match="prompt_alt_tokens_k must be at most"):
+        make_engine(llama).submit(request)
+
+
 def test_alternative_prompt_tokens_at_temperature_0_are_the_likeliest(tiny_llama, llama):
     prompt = np.random.default_rng(9).integers(0, 336, 20)
     engine = make_engine(llama)

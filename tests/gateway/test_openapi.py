@@ -102,6 +102,18 @@ def test_json_that_could_not_be_sent_back_is_refused(url, body):
     assert answer.json()["detail"]
 
 
+def test_what_is_not_unicode_is_no_name_of_a_run_or_a_model(url):
+    refused = b'{"model_id": "\\ud800", "seq_id": 1}'
+    headers = {"content-type": "application/json"}
+    for path in ("session_heartbeat", "optim_step"):
+        answer = httpx.post(f"{url}/api/v1/{path}", content=refused, headers=headers)
+        assert answer.status_code == 422
+    body = {"model": "a\0b", "prompt": "abc"}
+    answer = httpx.post(f"{url}/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "null character" in answer.json()["error"]["message"]
+
+
 def test_a_ticket_of_thousands_of_digits(url):
     ticket = "1" * 6000 + ".x"
     answer = httpx.get(f"{url}/api/v1/files/{ticket}/run/weights/name/file")

@@ -8,10 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx
+import psutil
 import pytest
 import tinker
 from tinker import types
@@ -65,9 +65,12 @@ class Server:
         """Ctrl-C goes to the whole group."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    def serving(self) -> psutil.Process:
+        """The process that serves, which the one that was started looks after."""
+        for child in psutil.Process(self.process.pid).children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                return child
+        raise AssertionError("no process serves")
 
     def post(self, path: str, **body) -> httpx.Response:
         return httpx.post(f"{self.url}/api/v1/{path}", json=body, timeout=60)
@@ -78,8 +81,9 @@ def server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("restarted"))
     server.start()
     yield server
-    server.interrupt()
-    server.process.wait(60)
+    if server.process.poll() is None:
+        server.interrupt()
+        server.process.wait(60)
 
 
 class Work:
@@ -152,25 +156,36 @@ def test_interrupted_it_finishes_what_is_under_way(server):
     work.goes_on(1 + 4 * 200 + 1)
 
 
-def test_killed_it_knows_what_was_finished(server):
+def test_killed_it_comes_back_and_finishes_what_was_under_way(server):
     work = Work(server)
     left = work.asked(server)
     for request_id in left:
         server.post("retrieve_future", request_id=request_id)
     samples = [work.sampler.sample(prompt([1, 2]), 16, LONG) for _ in range(4)]
-    lost = [
-        work.training.forward_backward([datum(i) for i in range(300)], "cross_entropy")
+    operations = [
+        work.training.forward_backward([datum(i) for i in range(100)], "cross_entropy")
         for _ in range(3)
-    ][-1]
-    time.sleep(0.3)
-    server.kill()
-    starting = threading.Thread(target=server.start)
-    starting.start()
+    ]
+    time.sleep(1)  # accepted, and begun
+    serving = server.serving()
+    family = serving.children(recursive=True)
+    serving.kill()
     for sample in samples:  # the SDK asks for them again by itself
-        assert len(sample.result().sequences) == 16
-    starting.join()
-    with pytest.raises(tinker.RequestFailedError, match="server stopped"):
-        lost.result()
+        sequences = sample.result().sequences
+        assert len(sequences) == 16
+        assert sequences[0].tokens == work.finished
+    for operation in operations:  # the run's log has them
+        assert len(operation.result().loss_fn_outputs) == 100
+    assert server.process.poll() is None
+    assert not psutil.wait_procs(family, 30)[1]
     work.still_there(server, left)
     # The run goes on where its log ends: no step was taken, so the loss is the same.
     assert work.train().metrics["loss:sum"] == work.loss
+
+
+def test_it_ends_with_the_process_that_looks_after_it(server):
+    serving = server.serving()
+    family = [serving, *serving.children(recursive=True)]
+    server.process.kill()
+    assert server.process.wait(30) == -signal.SIGKILL
+    assert not psutil.wait_procs(family, 30)[1]

@@ -207,3 +207,44 @@ def test_a_trajectory_adds_up_its_segments():
     assert trajectory.oldest_version == 3
     nothing = tinsmith.Trajectory([segment([False], [-1])], [], False, True, [])
     assert (nothing.oldest_version, nothing.num_sampled_tokens, nothing.reward) == (-1, 0, 0.0)
+
+
+@pytest.mark.parametrize("value", [object(), [1], np.zeros(2), "a", {}, 1j, True])
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (tinsmith.AdamParams, "learning_rate"),
+        (tinsmith.AdamParams, "beta1"),
+        (tinsmith.LoraConfig, "rank"),
+        (tinsmith.LoraConfig, "alpha"),
+        (tinsmith.LoraConfig, "seed"),
+        (tinsmith.SamplingParams, "max_tokens"),
+        (tinsmith.SamplingParams, "temperature"),
+        (tinsmith.SamplingParams, "top_k"),
+        (tinsmith.SamplingParams, "top_p"),
+        (tinsmith.SamplingParams, "seed"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(made, name, value):
+    with pytest.raises(tinsmith.InvalidInput, match=name):
+        made(**{name: value})
+
+
+def test_a_number_that_no_float_holds_is_refused():
+    with pytest.raises(tinsmith.InvalidInput, match="learning_rate is too large"):
+        tinsmith.AdamParams(learning_rate=10**400)
+
+
+@pytest.mark.parametrize("stop", [5, 1.5, [1.5], [-1], [1 << 40], np.array(3), object(), {"a": 1}])
+def test_stop_holds_strings_or_token_ids(stop):
+    with pytest.raises(tinsmith.InvalidInput, match="stop"):
+        tinsmith.SamplingParams(stop=stop)
+
+
+def test_inputs_that_are_no_arrays_are_refused_by_name():
+    with pytest.raises(tinsmith.InvalidInput, match=r"loss_fn_inputs\['weights'\] is no array"):
+        tinsmith.Datum([1], {"weights": [[1], [1, 2]]})
+    with pytest.raises(tinsmith.InvalidInput, match="loss_fn_inputs must map"):
+        tinsmith.Datum([1], 5)
+    with pytest.raises(tinsmith.InvalidInput, match="name of a loss_fn_input"):
+        tinsmith.Datum([1], {None: [1.0]})

@@ -1,0 +1,1 @@
+"""The fault campaign: `python -m tinsmith.chaos`; see `docs/chaos.md`."""
