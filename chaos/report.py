@@ -31,7 +31,8 @@ def report(campaign: Campaign, outcome: Outcome, command: str) -> str:
         f"- {len(second.ledger.results)} operations acknowledged and compared: 0 lost, 0 done "
         "twice, 0 different, and so are adapters and optimizers after every round, to the byte",
         f"- {second.seconds:.0f} s, undisturbed {first.seconds:.0f} s",
-        f"- {sum(t.refused for t in told)} operations refused for want of a disk, "
+        f"- {sum(t.refused for t in told)} operations refused for want of a disk or lost on "
+        f"their way when a server was killed, "
         f"{second.ledger.repeated} done again from a saved state, "
         f"{sum(t.lost_episodes for t in told)} episodes played again, "
         f"{outcome.dropped} connections dropped",

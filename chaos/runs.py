@@ -21,12 +21,13 @@ from .ledger import Result
 from .script import ADAM, PROMPT, SAMPLED_TOKENS, Step
 
 SAMPLES = 2
-# What a StorageFailure says, where only its words come through.
-_STORAGE = ("cannot be written", "could not be kept", "it was refused")
+# What a StorageFailure says, and what is told of requests that the server was at when it was killed,
+# where only words come through.
+_REFUSALS = ("cannot be written", "could not be kept", "it was refused", "the server stopped")
 
 
 class Refused(Exception):
-    """An operation was refused for want of a disk, and not done."""
+    """An operation was refused for want of a disk, or lost on its way, and not done."""
 
 
 class Run(Protocol):
@@ -187,7 +188,7 @@ async def _tinkers(future: Any) -> Any:
     try:
         return await future
     except tinker.RequestFailedError as error:
-        if any(words in error.message for words in _STORAGE):
+        if any(words in error.message for words in _REFUSALS):
             raise Refused(error.message) from None
         raise
 

@@ -61,6 +61,7 @@ KINDS = (
     Kind("kill", "environment worker", 2),
     Kind("kill", "sampler pool", 1),
     Kind("kill", "controller", 1),
+    Kind("kill", "gateway", 1),
 )
 
 

@@ -23,8 +23,9 @@ EPISODE_SECONDS = 300.0  # in which one has to come to its end, however often it
 class Tenant:
     """Number `number` of a campaign, with a run of its own.
 
-    When an operation of a round is refused for want of a disk, others behind it may have been done,
-    so that it goes back to the state saved last and does the round again, as a user would.
+    When an operation of a round is refused for want of a disk, or lost with the server, others behind
+    it may have been done, so that it goes back to the state saved last and does the round again, as
+    a user would.
 
     Args:
         episodes: where it plays them; None: it plays none.
