@@ -143,7 +143,7 @@ class RunLog:
             seq_id, result = next(iter(self.results.items()))
             if seq_id >= end or not result.done():
                 break
-            del self.results[seq_id]
+            del self.results[seq_id], self.kinds[seq_id]
         self.journal.forget_results(end)
 
     def _wait(self, seq_id: int, kind: str, args: dict[str, Any], position: int) -> Entry:
