@@ -166,16 +166,13 @@ class Journal:
         self._results[record.seq_id] = record
         self._result_bytes += len(bytes(record.body))
         while self._result_bytes > SNAPSHOT_RESULT_BYTES or len(self._results) > SNAPSHOT_RESULTS:
-            self._forget_oldest()
+            self.forget_result(next(iter(self._results)))
 
-    def forget_results(self, end: int) -> None:
-        """Of operations before `end`: nobody will ask for them."""
-        while self._results and next(iter(self._results)) < end:
-            self._forget_oldest()
-
-    def _forget_oldest(self) -> None:
-        _, oldest = self._results.popitem(last=False)
-        self._result_bytes -= len(bytes(oldest.body))
+    def forget_result(self, seq_id: int) -> None:
+        """Of an operation: it is in no later snapshot."""
+        record = self._results.pop(seq_id, None)
+        if record is not None:
+            self._result_bytes -= len(bytes(record.body))
 
     def results(self, before: int) -> list[Record]:
         """The newest of operations with lower numbers."""

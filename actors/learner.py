@@ -466,7 +466,7 @@ class Learner(Observed):
         args: dict[str, Any],
         answered: int = 1,
         failed: Collection[int] = (),
-        delivered: int = 1,
+        delivered: tuple[int, int] = (1, 1),
         trace: str | None = None,
     ) -> Any:
         """Append operation `seq_id` to a run's log and wait for its result.
@@ -475,13 +475,14 @@ class Learner(Observed):
             answered, failed: the client knows what became of all operations before this number, and
                 that these, from it on, failed: those of them that are missing were refused, and are
                 passed over.
-            delivered: the client has the results of all operations before this number: they are kept
-                no longer.
+            delivered: the client has the results of the operations from the first number to before the
+                second: they are kept no longer.
             trace: the `traceparent` of who sent it.
         """
         known, future = self.logs.get(run_id) or self.failing.get(run_id), None
         if known is not None:
-            known.forget_results(min(delivered, seq_id))
+            start, end = delivered
+            known.forget_results(start, min(end, seq_id))
             # What came before the disk failed is no longer refused: it is on disk, or was refused then.
             future = known.results.get(seq_id)
         if future is None:

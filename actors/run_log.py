@@ -137,14 +137,11 @@ class RunLog:
         done = {n: f for n, f in self.results.items() if f.done() and not f.cancelled()}
         return {n: error for n, f in done.items() if (error := f.exception()) is not None}
 
-    def forget_results(self, end: int) -> None:
-        """Of all operations before `end`: the client has them."""
-        while self.results:
-            seq_id, result = next(iter(self.results.items()))
-            if seq_id >= end or not result.done():
-                break
+    def forget_results(self, start: int, end: int) -> None:
+        """Of the operations from `start` to before `end`: the client that sent them has them."""
+        for seq_id in [n for n, f in self.results.items() if start <= n < end and f.done()]:
             del self.results[seq_id], self.kinds[seq_id]
-        self.journal.forget_results(end)
+            self.journal.forget_result(seq_id)
 
     def _wait(self, seq_id: int, kind: str, args: dict[str, Any], position: int) -> Entry:
         # A result that no caller waits for any more is not an unhandled error.

@@ -56,6 +56,7 @@ class LearnerLink:
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self._answered, self._keep = answered, keep
+        self._first = grant.next_seq_id  # what came before is another client's
         self._window = Window()
         self._way = Resending(
             grant,
@@ -78,8 +79,8 @@ class LearnerLink:
         def call(grant: RunGrant) -> Future[Any]:
             operation = (grant.run_id, seq_id, kind, args)
             answered = self._answered()
-            delivered = 1 if self._keep else answered.before
-            known = (answered.before, answered.failed, delivered)
+            delivered = self._first if self._keep else answered.before
+            known = (answered.before, answered.failed, (self._first, delivered))
             try:
                 return grant.learner.call("submit", *operation, *known, trace)
             except Exception as error:

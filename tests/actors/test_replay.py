@@ -209,10 +209,10 @@ async def test_results_that_the_client_has_are_kept_no_longer(tiny_llama, tmp_pa
     learner = await started(tiny_llama, tmp_path, 1e9)
     await learner.open_run("run", LORA, None, False)
     given = [await learner.submit("run", n, *ops[n - 1]) for n in range(1, 7)]
-    await learner.submit("run", 7, *ops[6], delivered=5)
+    await learner.submit("run", 7, *ops[6], delivered=(2, 5))
     log = learner.logs["run"]
-    assert list(log.results) == list(log.kinds) == [5, 6, 7]
-    assert [record.seq_id for record in log.journal.results(8)] == [5, 6, 7]
+    assert list(log.results) == list(log.kinds) == [1, 5, 6, 7]
+    assert [record.seq_id for record in log.journal.results(8)] == [1, 5, 6, 7]
     assert await learner.submit("run", 6, *ops[5]) is given[5]
     with pytest.raises(tinsmith.InvalidInput, match="no longer kept"):
         await learner.submit("run", 4, *ops[3])
