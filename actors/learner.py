@@ -834,7 +834,7 @@ class Learner(Observed):
             # A run's versions reach the sampler in order: the last to arrive is what is live.
             await asyncio.wrap_future(log.journal.on_disk())
             async with log.publishing:
-                log.journal.log.claim.check()
+                log.check_claim()
                 if saved_as is not None:
                     await asyncio.gather(
                         asyncio.to_thread(
@@ -896,7 +896,7 @@ class Learner(Observed):
             async with self.writing:  # in order: of two saves by one name the later one stays
                 checkpoint, staged = await asyncio.to_thread(write)
                 # The controller alone gives out names: saving, copying and deleting cannot collide.
-                log.journal.log.claim.check()
+                log.check_claim()
                 await Op(self.controller.call("add_checkpoint", checkpoint, staged, overwrite))
             return SaveResponse(str(path))
 

@@ -108,6 +108,14 @@ class RunLog:
         """Whether another learner has taken the run."""
         return isinstance(self.journal.log.failure, Unavailable)
 
+    def check_claim(self) -> None:
+        """
+        Raises:
+            Unavailable: another learner has taken the run.
+        """
+        if not self.closed:  # else this learner has deleted the log
+            self.journal.log.claim.check()
+
     # ---- what comes ----
 
     def append(self, seq_id: int, kind: str, args: dict[str, Any]) -> Entry:
