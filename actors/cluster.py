@@ -228,6 +228,7 @@ def _check_home(home: str) -> None:
 def _join_ray(address: str | None, options: dict[str, Any]) -> None:
     import ray
 
+    _let_ray_speak_on_stderr()
     common = dict(namespace=NAMESPACE, log_to_driver=options["verbose"], logging_level="ERROR")
     try:
         if address is None:
@@ -238,6 +239,20 @@ def _join_ray(address: str | None, options: dict[str, Any]) -> None:
         raise Unavailable(f"cannot join a Ray cluster at {address!r}: {error}") from error
     except ConnectionError as error:
         raise Unavailable(f"no Ray cluster answers at {address!r}: {error}") from error
+
+
+def _let_ray_speak_on_stderr() -> None:
+    """Of its nodes' warnings, for instance: stdout is the script's, and of commands with `--json`. Ray has
+    no setting for it."""
+    from ray._private import worker
+
+    speak = getattr(worker, "print_to_stdstream", None)
+    if speak is not None and speak.__name__ != "on_stderr":
+
+        def on_stderr(data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            speak({**data, "is_err": True}, *args, **kwargs)
+
+        worker.print_to_stdstream = on_stderr
 
 
 def _start_ray(num_cpus: int | None, common: dict[str, Any]) -> None:

@@ -22,10 +22,10 @@ import numpy as np
 
 from . import tracing
 from .arguments import check_flag, check_integer, check_number, check_text
-from .errors import Busy, InvalidInput, Unavailable
+from .errors import Busy, InvalidInput, NotFound, Unavailable
 from .learner_link import Answered, LearnerLink, RunGrant
 from .metrics_text import metrics_text
-from .op import Handle, Op, chain, completed, forward_result
+from .op import Handle, Op, chain, completed, failed, forward_result
 from .patience import patiently
 from .resending import Resending
 from .sampler_link import SamplerGrant, SamplerLink
@@ -565,9 +565,13 @@ class EnvClient(HasSync):
         controller: Handle,
         ask: Callable[[], Future[list[Handle]]],
     ) -> None:
+        def still_wanted(_: list[Handle]) -> Future[list[Handle]]:
+            return failed(NotFound("the workers were ended")) if self._closed else ask()
+
         self._pool = pool
         self._controller = controller
-        self._way = Resending(workers, lambda held: held, lambda _: ask(), controller)
+        self._closed = False
+        self._way = Resending(workers, lambda held: held, still_wanted, controller)
         self._running = [0] * len(workers)
         self._lock = threading.Lock()
 
@@ -580,7 +584,7 @@ class EnvClient(HasSync):
 
         Raises:
             EnvironmentFailure: the environment raised, hung, died or used too much memory.
-            Unavailable: the worker process died; it is restarted.
+            Unavailable: the worker process died, and is restarted; or this client was closed.
         """
         return self._play("run_episode", spec)
 
@@ -607,6 +611,7 @@ class EnvClient(HasSync):
 
     def close(self) -> Op[None]:
         """End the workers and whatever they play."""
+        self._closed = True
         return Op(self._controller.call("end_env_workers", self._pool))
 
     async def __aenter__(self) -> EnvClient:

@@ -221,9 +221,20 @@ def wait_for(process: subprocess.Popen, line: str) -> None:
 FOUR = replace(CONFIG, steps=4, checkpoint_every=2)
 
 
+async def until_nothing_is_sampled(service) -> None:
+    """By a run before: it would show in the last bits of logprobs."""
+    names = ("tinsmith_samples_under_way", "tinsmith_episodes_running")
+    while any(
+        line.startswith(names) and float(line.split()[-1])
+        for line in (await service.metrics()).splitlines()
+    ):
+        await asyncio.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 async def uninterrupted(service, tmp_path_factory):
     """Four steps in one go."""
+    await until_nothing_is_sampled(service)
     run_dir = tmp_path_factory.mktemp("uninterrupted")
     result = await tinsmith.train(service, FOUR, run_dir=run_dir)
     return run_dir, adapter(service.home, result.run_id, 4)
@@ -240,6 +251,7 @@ def assert_same_course(run_dir: Path, reference_dir: Path) -> None:
 
 async def assert_goes_on_exactly(service, run_dir: Path, uninterrupted) -> None:
     reference_dir, reference = uninterrupted
+    await until_nothing_is_sampled(service)
     result = await tinsmith.resume(service, run_dir, steps=4)
     assert (result.steps, result.stopped, result.before) == (4, False, None)
     assert_same_course(run_dir, reference_dir)
@@ -298,6 +310,7 @@ async def test_a_stop_during_an_evaluation_loses_no_step(service, tmp_path):
 
 async def test_a_replay_buffer_goes_on_with_its_run(service, tmp_path):
     """Bit for bit: two steps and two more are four in one go."""
+    await until_nothing_is_sampled(service)
     config = replace(FOUR, replay_groups=2, replay_staleness=2)
     whole = await tinsmith.train(service, config, run_dir=tmp_path / "whole")
     parts = await tinsmith.train(service, replace(config, steps=2), run_dir=tmp_path / "parts")
