@@ -262,7 +262,14 @@ def _start_ray(num_cpus: int | None, common: dict[str, Any]) -> None:
     there = set(psutil.Process().children(recursive=True))
     for _ in range(2):
         try:
-            ray.init(num_cpus=num_cpus, include_dashboard=False, address="local", **common)
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                address="local",
+                # Its head would keep the last 100,000 calls for the dashboard: 200 MB.
+                _system_config={"task_events_report_interval_ms": 0},
+                **common,
+            )
             return
         except Exception as error:  # Ray has no type of its own for it
             if "timed out during startup" not in str(error):

@@ -224,10 +224,10 @@ FOUR = replace(CONFIG, steps=4, checkpoint_every=2)
 async def until_nothing_is_sampled(service) -> None:
     """By a run before: it would show in the last bits of logprobs."""
     names = ("tinsmith_samples_under_way", "tinsmith_episodes_running")
-    while any(
-        line.startswith(names) and float(line.split()[-1])
-        for line in (await service.metrics()).splitlines()
-    ):
+    while True:
+        lines = (await service.metrics()).splitlines()
+        if not any(float(line.split()[-1]) for line in lines if line.startswith(names)):
+            return
         await asyncio.sleep(0.1)
 
 
