@@ -46,7 +46,7 @@ chaos: setup
 
 soak: setup
 	$(PY) -m tests.tiny build/tiny-model
-	$(PY) -m tinsmith.chaos.soak build/tiny-model $(ARGS)
+	$(PY) -m tinsmith.chaos.soak build/tiny-model --report docs/soak-report.md $(ARGS)
 
 fuzz: setup
 	$(PY) -m tests.fuzz $(ARGS)

@@ -68,7 +68,8 @@ class Notes:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb+") as file:
                 # Room for all of it now: of a full disk's hole a mapped page kills who writes to it.
-                os.posix_fallocate(file.fileno(), 0, SLOT * (1 + SLOTS))
+                file.write(bytes(SLOT * (1 + SLOTS)))
+                file.flush()
                 self._map = mmap.mmap(file.fileno(), 0)
         except OSError as error:
             logger.warning("nothing will be told of what the %s was doing: %s", process, error)
