@@ -78,7 +78,8 @@ def _otlp_exporter() -> Any:
         name = f"opentelemetry.exporter.otlp.proto.{way}.trace_exporter"
         return importlib.import_module(name).OTLPSpanExporter()
     except ImportError as error:
-        raise Unavailable(f"exporting traces needs more packages ({error}): {INSTALL}") from None
+        install = f"pip install opentelemetry-exporter-otlp-proto-{way}"
+        raise Unavailable(f"exporting traces needs one more package ({error}): {install}") from None
 
 
 class TraceFile:

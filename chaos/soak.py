@@ -32,6 +32,7 @@ from tinsmith.envs import Env, EpisodeLimits, EpisodeSpec
 WARM_UP = 0.25  # of the time: caches and pools fill
 WATCH_SECONDS = 5.0
 WORST_RATIO = 5.0
+KV_BYTES = 1 << 26  # that is filled before the warm-up is over
 GROWTH = 0.02  # of the memory, over the whole time: what is less is no growth
 WATCHED = (
     "ray::Controller",
@@ -169,7 +170,7 @@ async def soak(
 ) -> tuple[Watch, list[str]]:
     """What was measured, and what was left behind."""
     until = time.monotonic() + 60 * minutes
-    async with tinsmith.connect(home=home, num_cpus=os.cpu_count()) as service:
+    async with tinsmith.connect(home=home, num_cpus=os.cpu_count(), kv_bytes=KV_BYTES) as service:
         workers = await service.create_env_client(model, max_concurrent=playing)
         runs = [
             await service.create_lora_training_client(model, rank=4, seed=n) for n in range(tenants)

@@ -7,6 +7,45 @@ import json
 from tests.actors.script import run_script
 from tinsmith.primitives import tracing
 
+EXPORTED = """
+import gzip, os, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+asked = []
+
+class Collector(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if self.headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
+        asked.append((self.path, ExportTraceServiceRequest.FromString(body)))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+server = HTTPServer(("127.0.0.1", 0), Collector)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+
+from opentelemetry import trace
+from tinsmith.actors import telemetry
+from tinsmith.primitives import tracing
+
+telemetry.set_up("learner")
+with tracing.start("forward_backward", run="r", op=7):
+    pass
+trace.get_tracer_provider().force_flush()
+for path, request in asked:
+    for resource in request.resource_spans:
+        about = {a.key: a.value.string_value for a in resource.resource.attributes}
+        for scope in resource.scope_spans:
+            for span in scope.spans:
+                print(path, about["service.name"], about["tinsmith.process"], span.name)
+"""
+
 SCRIPT = """
 import asyncio, sys
 import httpx, numpy as np, tinsmith
@@ -85,6 +124,11 @@ def test_a_trace_has_every_stage_of_an_operation_with_its_parents(tiny_home, tmp
     step = first("gateway.optim_step")
     assert (step["trace_id"], step["parent_id"]) == ("a" * 32, "b" * 16)
     assert chain(spans, step) == {"learner.optim_step": {"queue": {}, "optimizer": {}}}
+
+
+def test_spans_go_to_the_collector_that_the_environment_names():
+    told = run_script(EXPORTED).splitlines()
+    assert told == ["/v1/traces tinsmith learner forward_backward"]
 
 
 def test_without_a_tracer_nothing_is_recorded():
