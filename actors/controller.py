@@ -69,6 +69,7 @@ from .threads import ENGINE_ENV
 from .wal import REPLAY_SECONDS
 
 EXPIRY_SECONDS = 60.0
+OPENINGS = 3  # of a run, where learners die under them
 # For actors that a service cannot do without: the head's node is the one whose loss ends a cluster anyway.
 ON_THE_HEAD = {"node:__internal_head__": 0.0001}
 
@@ -478,8 +479,14 @@ class Controller(Observed):
         name, model_path = await self._model(base_model)
         self.openings[model_path] += 1
         try:
-            learner = await self._learner(base_model)
-            first = await Op(learner.call(method, run_id, *args))
+            for left in reversed(range(OPENINGS)):
+                try:
+                    learner = await self._learner(base_model)
+                    first = await Op(learner.call(method, run_id, *args))
+                    break
+                except ActorGone:  # it died meanwhile; both methods may be done again
+                    if not left:
+                        raise
             self.open_runs[run_id] = model_path
         except BaseException:
             self.open_runs.pop(run_id, None)  # a learner closes a run before it opens it again
