@@ -90,6 +90,18 @@ async def test_a_learner_killed_again_and_again_loses_and_repeats_nothing(servic
         )
 
 
+async def test_a_run_is_opened_though_learners_die_under_it(service):
+    training = await new_run(service, LORA, MODEL)
+    (kind, args), *_ = script(7, 1)
+    await getattr(training, kind)(*args)
+    await training.optim_step()
+    await asyncio.to_thread(kill_one)
+    opening = service.resume_training_client(training.run_id)
+    for _ in range(2):
+        await asyncio.to_thread(kill_one)  # one that is starting, or going through the log
+    assert (await (await opening).get_info()).version == 1
+
+
 async def test_busy_tenants_whose_learner_is_killed_end_as_if_undisturbed(service, tiny_home):
     loras = [tinsmith.LoraConfig(rank=rank, seed=rank) for rank in (2, 4, 8)]
     runs = await asyncio.gather(*(new_run(service, lora, MODEL) for lora in loras))
