@@ -33,7 +33,7 @@ WARM_UP = 0.25  # of the time: caches and pools fill
 WATCH_SECONDS = 5.0
 WORST_RATIO = 5.0
 KV_BYTES = 1 << 26  # that is filled before the warm-up is over
-GROWTH = 0.02  # of the memory, over the whole time: what is less is no growth
+GROWTH, GROWTH_BYTES = 0.02, 4 << 20  # over the whole time: what is less is no growth
 WATCHED = (
     "ray::Controller",
     "ray::Learner",
@@ -218,7 +218,7 @@ def verdicts(watch: Watch, minutes: float) -> list[str]:
     for kind, memory in watch.memory.items():
         mean = float(np.mean([size for _, size in memory]))
         _, low, _ = growth(memory)
-        if low * minutes / 60 > GROWTH * mean:
+        if low * minutes / 60 > max(GROWTH * mean, GROWTH_BYTES):
             found.append(f"the memory of {kind} grows by at least {low / 2**20:.1f} MB an hour")
     for name, seconds in watch.seconds.items():
         ratio = np.percentile(seconds, 99) / np.median(seconds)
