@@ -69,13 +69,10 @@ class Claim:
                 told = (service or "", socket.gethostname(), str(os.getpid()))
                 os.pwrite(self._file, "\n".join(told).encode(), 0)
                 return
-            except OSError as error:
+            except BaseException as error:
                 os.close(self._file)
-                if error.errno not in _GONE:
+                if not isinstance(error, OSError) or error.errno not in _GONE:
                     raise
-            except BaseException:
-                os.close(self._file)
-                raise
 
     def _take_lock(self, service: str | None, deadline: float) -> None:
         while True:

@@ -300,7 +300,7 @@ class Controller(Observed):
         name, path = await self._model(base_model)
         place = await self._place(name, path)
         before = self.started.pop((f"learner rank {rank}", path), None)
-        if before is not None and before.done() and not before.exception():
+        if before is not None and _is_there(before):
             ray.kill(before.result().actor)
 
         async def start() -> RayHandle:
@@ -559,10 +559,10 @@ class Controller(Observed):
             return False
         for key in [key for key in self.started if key[1] == path]:
             task = self.started.pop(key)
-            if task.done() and not task.exception():
+            if _is_there(task):
                 ray.kill(task.result().actor)
         place = self.places.pop(path, None)
-        if place is not None and place.done() and not place.exception():
+        if place is not None and _is_there(place):
             place.result().reservation.release()
         return True
 
@@ -600,7 +600,7 @@ class Controller(Observed):
             {
                 names[path]: task.result()
                 for (kind, path), task in self.started.items()
-                if kind == wanted and task.done() and not task.cancelled() and not task.exception()
+                if kind == wanted and _is_there(task)
             }
             for wanted in ("learner", "sampler")
         )

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ..primitives.errors import CorruptLog, InvalidInput, StorageFailure, Unavailable
 from .claim import LOCK_SECONDS, Claim
-from .durable import make_folder
+from .durable import make_folder, sync
 
 MAX_RECORD_BYTES = 1 << 30
 SEGMENT_BYTES = 64 << 20
@@ -334,11 +334,7 @@ class Log:
     def _sync_earlier(self) -> None:
         """What is read may not have been on disk yet."""
         for segment in self._segments:
-            file = os.open(self._path(segment), os.O_RDONLY)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+            sync(self._path(segment))
 
     def _drop_superseded(self) -> None:
         """Files that are not in the log, or hold nothing of it."""

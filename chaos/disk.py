@@ -28,9 +28,7 @@ class Disk:
 
     def fill(self) -> None:
         """From now on no file can take another block."""
-        state = os.statvfs(self.folder)
-        used = (state.f_blocks - state.f_bfree) * state.f_frsize
-        self._resize(used)
+        self._resize(self._used())
 
     def empty(self) -> None:
         self._resize(SIZE)
@@ -40,9 +38,12 @@ class Disk:
         for _ in range(100):
             if self._mount("-o", f"remount,size={size}"):
                 return
-            state = os.statvfs(self.folder)
-            size = max(size, (state.f_blocks - state.f_bfree) * state.f_frsize)
+            size = max(size, self._used())
         raise OSError(f"{self.folder} cannot be given {size} bytes")
+
+    def _used(self) -> int:
+        state = os.statvfs(self.folder)
+        return (state.f_blocks - state.f_bfree) * state.f_frsize
 
     def _mount(self, *options: str) -> bool:
         done = subprocess.run(

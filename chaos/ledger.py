@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,14 +24,12 @@ class Ledger:
     Attributes:
         results: by place in the script.
         repeated: operations that a tenant did again, from a saved state on.
-        last: when something was last acknowledged, by `time.monotonic()`.
     """
 
     def __init__(self, wanted: Mapping[Place, Result] | None) -> None:
         self.wanted = wanted
         self.results: dict[Place, Result] = {}
         self.repeated = 0
-        self.last = time.monotonic()
         self._came = asyncio.Condition()
 
     async def acknowledge(self, place: Place, result: Result) -> None:
@@ -46,7 +43,6 @@ class Ledger:
                 _compare(place, result, other)
         self.repeated += before is not None
         self.results[place] = result
-        self.last = time.monotonic()
         async with self._came:
             self._came.notify_all()
 
