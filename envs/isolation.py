@@ -164,7 +164,8 @@ class _Server:
                 env=threads | dict(os.environ),
             )
         body = pickle.dumps(source)
-        self.control.sendall(HEADER.pack(len(body)) + body)
+        with contextlib.suppress(OSError):  # it is dead already: whoever uses it sees how it ended
+            self.control.sendall(HEADER.pack(len(body)) + body)
 
     def alive(self) -> bool:
         return self.process.poll() is None

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -55,6 +57,14 @@ async def test_a_misbehaving_environment_costs_only_its_own_episode(pool, action
     with pytest.raises(EnvironmentFailure, match=told):
         raise outcomes[1]
     assert await play(pool, ["again"]) == "you said again"
+
+
+async def test_a_process_that_dies_before_it_is_told_what_to_import_is_reported(pool, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    too_much_to_be_buffered = EnvSource("mine", factory=bytes(8 << 20))
+    with pytest.raises(EnvironmentFailure, match="'mine': .* imports it exited with code 1"):
+        async with pool.open(too_much_to_be_buffered, {}):
+            pass
 
 
 async def test_every_episode_has_a_process_of_its_own_that_ends_with_it(pool):
