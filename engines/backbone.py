@@ -107,6 +107,7 @@ class Backbone:
         bottom: the embedded tokens of the pass under way, in lockstep.
         tensor_ranks: how many compute each product together.
         context_ranks: how many share the rows of a pass.
+        expert_ranks: how many send their rows to each other's experts.
         gathered_bytes: of layers that are together only while they compute.
         spread: what ranks know that have a mixture's experts together.
 
@@ -120,6 +121,7 @@ class Backbone:
     bottom: Tensor
     tensor_ranks = 1
     context_ranks = 1
+    expert_ranks = 1
     gathered_bytes = 0
     spread: Spread | None = None
 

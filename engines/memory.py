@@ -3,12 +3,12 @@
 Counted is what autograd keeps of a pass of packed rows, layer by layer as a llama or qwen decoder
 computes it with our `LoraLinear`, `RoutedExperts` and `TreeAttention`, and the most that is needed beside
 it at once. How evenly rows are spread over experts is not known before: the busiest is taken to have
-twice the mean.
+twice the mean, and ranks that have experts as much to do as each other.
 Kernels' own scratch space is not, nor what the C library's allocator wastes. `tests/engines/test_memory.py` holds it against measured peaks.
 
 Dimension names: T packed rows, S rows of a segment, K keys it sees, N rows with a target, D hidden
 size, F the MLP's inner size, H query heads, G key/value heads, E size of a head, V vocabulary; of routed
-experts, K chosen and I their inner size.
+experts, K chosen and I their inner size; U rows that a rank's experts have to do with.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class MemoryModel:
             is unpacked to, or layers gathered from several ranks.
         tensor: ranks that compute each product together, of which this one has its share.
         context: ranks that share a pass's rows.
+        expert: ranks that send their rows to each other's experts; each is taken to have as many rows.
         grouped: whether all experts are computed at once.
     """
 
@@ -97,6 +98,7 @@ class MemoryModel:
     scratch: int = 0
     tensor: int = 1
     context: int = 1
+    expert: int = 1
     grouped: bool = False
 
     @classmethod
@@ -104,7 +106,7 @@ class MemoryModel:
         sizes = [math.prod(shape) for shape in backbone.targets.values()]
         scratch = backbone.dtype.itemsize * max(sizes) if backbone.weights in QUANTIZED else 0
         scratch += backbone.gathered_bytes
-        ranks = (backbone.tensor_ranks, backbone.context_ranks)
+        ranks = (backbone.tensor_ranks, backbone.context_ranks, backbone.expert_ranks)
         grouped = backbone.device.type == "cuda" and backbone.dtype == torch.bfloat16
         return cls(backbone.config, backbone.dtype.itemsize, scratch, *ranks, grouped)
 
@@ -114,18 +116,23 @@ class MemoryModel:
         """Of a forward and backward pass at its peak; the state of its runs, whose `layouts` are
         given, is not included."""
         c, layers, shape = self.config, self.config.num_hidden_layers, shape.share(self.context)
-        gradient = FLOAT * sum(layout.size for layout in layouts)
+        whole = FLOAT * sum(layout.size for layout in layouts)
+        own, of_layer = self._expert_gradients(layouts)
+        beside = own // 2 if self.expert > 1 else 0  # of a layer's experts here, by others' rows
+        gradient = whole + layers * beside
         end = self._final(shape) + self.logits(shape, layouts)
-        if not checkpointing:
-            inner = self._inner(shape, layouts) + self._expert_gradients(layouts)
+        inner = self._inner(shape, layouts) + own
+        if self._parts > 1:  # when that is through, the gradient of the experts here is one of all
+            inner = max(inner, own + of_layer)
+        if checkpointing:
+            stream = self.item * c.hidden_size * shape.rows  # a layer's input, or output's gradient
+            # The gradient is nearly whole when the first layer is computed again.
+            inside = self._layer(shape, layouts) + stream + inner + gradient - of_layer - beside
+            peak = layers * stream + max(end, inside)
+        else:
             peak = layers * self._layer(shape, layouts) + max(end, inner)
-            return max(peak, 2 * gradient) + self._all_along(shape)
-        stream = self.item * c.hidden_size * shape.rows  # a layer's input, or its output's gradient
-        inside = self._layer(shape, layouts) + self._inner(shape, layouts) + stream
-        # The gradient is nearly whole when the first layer is computed again. At the end it is there
-        # twice: by factors, and as one buffer.
-        peak = layers * stream + max(end, inside) + gradient
-        return max(peak, 2 * gradient) + self._all_along(shape)
+        # At the end it is there twice: by factors, and as one buffer.
+        return max(peak, gradient + whole) + self._all_along(shape)
 
     def forward(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
         """Of a pass without gradient at its peak: in a layer's MLP, where queries are rotated, or
@@ -137,6 +144,7 @@ class MemoryModel:
         )
         if self._routed:
             mlp = (3 * self.item * c.hidden_size + self._routing()) * shape.rows
+            mlp += self._visits(shape) * (self._visit() + self._answer())
             mlp += self._block(shape, 2 * c.hidden_size + 4 * c.moe_intermediate_size)
             mlp += self.item * self._expert_factors(layouts)
         else:
@@ -154,7 +162,8 @@ class MemoryModel:
         # the order of rows.
         row += item * (2 * c.hidden_size + q + 2 * kv + 2 * q)
         if self._routed:  # gate and up
-            row += item * 2 * c.moe_intermediate_size * c.num_experts_per_tok + self._routing()
+            pairs = c.num_experts_per_tok // self.tensor
+            row += item * 2 * c.moe_intermediate_size * pairs + self._routing()
         else:  # gate, its activation, up and their product
             row += item * 4 * self._inner_size
         row += FLOAT * c.num_attention_heads // self.tensor
@@ -163,6 +172,8 @@ class MemoryModel:
             row += FLOAT * (q + kv + heads)
         row += item * max(map(self._ranks, layouts))
         kept = row * shape.rows + item * sum(self._copies(shape))
+        if self._routed:
+            kept += self._visits(shape) * self._visit()
         # Of the last of several ranks, keys and values are kept among what its attention copies.
         return kept - (2 * item * kv * shape.rows if shape.others else 0)
 
@@ -194,17 +205,48 @@ class MemoryModel:
 
     def _routing(self) -> int:
         """Bytes of a row: the router's distribution; of each choice, the weight three times (as a sum's
-        part, normed, and in the dtype that is computed in) and five indices."""
+        part, normed, and in the dtype that is computed in) and two indices."""
         c = self.config
-        choice = 2 * FLOAT + (self.item if self.item != FLOAT else 0) + 5 * INDEX
+        choice = 2 * FLOAT + (self.item if self.item != FLOAT else 0) + 2 * INDEX
         return FLOAT * (c.num_experts + 2) + c.num_experts_per_tok * choice
+
+    def _visits(self, shape: PassShape) -> int:
+        """U: all rows of this rank; or, if ranks send theirs to each other, those of all of them that
+        choose an expert of this one."""
+        if self.expert == 1:
+            return shape.rows
+        c = self.config
+        elsewhere = c.num_experts - c.num_experts // self._parts
+        none_here = math.comb(elsewhere, c.num_experts_per_tok) / math.comb(
+            c.num_experts, c.num_experts_per_tok
+        )
+        return int(self.expert * shape.rows * (1 - none_here))
+
+    def _visit(self) -> int:
+        """Bytes kept of one of these: three indices of each choice; of a row that was sent, also where it
+        came from, the row and its weights."""
+        c = self.config
+        sent = self.item * (c.hidden_size + c.num_experts_per_tok) + 2 * INDEX
+        return 3 * INDEX * c.num_experts_per_tok + (sent if self.expert > 1 else 0)
+
+    def _answer(self) -> int:
+        """Bytes of what is sent back of a row, or what its gradient is."""
+        return self.item * self.config.hidden_size if self.expert > 1 else 0
+
+    @property
+    def _parts(self) -> int:
+        """That a layer's experts are in."""
+        return self.tensor * self.expert
 
     def _block(self, shape: PassShape, numbers: int) -> int:
         """Of pairs that go through experts at once, with that many numbers each."""
         c = self.config
-        pairs = c.num_experts_per_tok * shape.rows
-        if not self.grouped:
-            pairs = min(-(-2 * pairs // c.num_experts), shape.rows)
+        rows = self.expert * shape.rows
+        pairs = c.num_experts_per_tok * rows
+        if self.grouped:
+            pairs //= self._parts
+        else:
+            pairs = min(-(-2 * pairs // c.num_experts), rows)
         return self.item * numbers * pairs
 
     def _experts(self, layouts: Sequence[AdapterLayout]) -> tuple[int, int]:
@@ -222,18 +264,25 @@ class MemoryModel:
         """Numbers of what is copied of them for a product: A side by side, and in another dtype B
         too."""
         a, b = self._experts(layouts)
-        return a if self.item == FLOAT else a + b
+        return self._owners * (a if self.item == FLOAT else a + b) // self._parts
 
-    def _expert_gradients(self, layouts: Sequence[AdapterLayout]) -> int:
-        return FLOAT * sum(self._experts(layouts))
+    def _expert_gradients(self, layouts: Sequence[AdapterLayout]) -> tuple[int, int]:
+        """Bytes of one layer's: as they are computed, of the experts here; and of all."""
+        of_all = FLOAT * sum(self._experts(layouts))
+        return self._owners * of_all // self._parts, of_all
+
+    @property
+    def _owners(self) -> int:
+        """Of rows under an adapter: this rank, and all others that send it theirs."""
+        return 2 if self.expert > 1 else 1
 
     def _ranks(self, layout: AdapterLayout) -> int:
         """Numbers `x A'` of a row in one layer."""
-        k = getattr(self.config, "num_experts_per_tok", 1)
+        k = getattr(self.config, "num_experts_per_tok", 1) / self.tensor
         inside = sum(
             k if len(shape) == 3 else 1 for name, shape in layout.targets.items() if name != UNEMBED
         )
-        return layout.config.rank * inside // self.config.num_hidden_layers
+        return int(layout.config.rank * inside) // self.config.num_hidden_layers
 
     def _all_along(self, shape: PassShape) -> int:
         """Rotary positions, masks, and what a packed weight is unpacked to."""
@@ -256,7 +305,8 @@ class MemoryModel:
         c = self.config
         if not self._routed:
             return 2 * self.item * self._inner_size * shape.rows
-        rows = (self.item * c.hidden_size + 2 * FLOAT * c.num_experts_per_tok) * shape.rows
+        row = self.item * c.hidden_size + 2 * FLOAT * c.num_experts_per_tok + self._answer()
+        rows = row * self._visits(shape)
         factors = self.item * self._expert_factors(layouts)
         return rows + factors + self._block(shape, 3 * c.hidden_size + 7 * c.moe_intermediate_size)
 

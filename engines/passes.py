@@ -36,7 +36,7 @@ from .tree_attention import TreeAttention
 
 MIN_ROWS = 16
 
-Leaves = dict[str, tuple[Tensor, Tensor]]
+Leaves = dict[str, tuple[Tensor, Tensor]]  # A and B of each target
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +70,14 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Per work of a pass its result, or what its loss function raised; the seconds it took; `beside`: see
-    `run_pass`."""
+    """Per work of a pass its result, or what its loss function raised; the seconds it took. `beside`: where
+    experts are spread, the gradients of what this rank's experts use of the adapters of the other parts'
+    works, by the `id` of their `params`."""
 
     results: list[Result | InvalidInput]
     forward_s: float
     backward_s: float
-    beside: list[Tensor] = field(default_factory=list)
+    beside: dict[int, Leaves] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Outcome:
         moved = [r.to(device) if isinstance(r, Result) else r for r in self.results]
@@ -118,8 +119,7 @@ def run_pass(
 ) -> Outcome:
     """Compute all `works` (either all `backward` or none) in one pass; without works, which only a
     backbone in lockstep is given, `backward` says which. `group`: where experts are spread, the works of
-    all parts whose ranks have them together; the outcome's `beside` are then the flat gradients, of this
-    rank's experts, of the other parts' works in order."""
+    all parts whose ranks have them together."""
     with frugal(checkpointing):
         return _run_pass(
             backbone,
@@ -141,7 +141,7 @@ def _run_pass(
     device = backbone.device
     leaves = [_leaves(work) for work in works]
     bounds = np.cumsum([0, *(len(work.unit.pack.tokens) for work in works)]).tolist()
-    beside = _spread(backbone, group, leaves) if backbone.spread is not None else []
+    beside = _spread(backbone, group, leaves) if backbone.spread is not None else {}
     losses: list[Tensor | InvalidInput] = []
     logprobs: list[Tensor] = []
     with torch.set_grad_enabled(backward), record_function("forward"):
@@ -162,7 +162,7 @@ def _run_pass(
     forwarded = time.perf_counter()
     with record_function("backward"):
         grads: list[Tensor | None] = [None] * len(works)
-        given: list[Tensor] = []
+        given: dict[int, Leaves] = {}
         if backward:
             grads, given = _gradients(backbone, hidden_TD, works, leaves, losses, beside)
         _wait_for(device)
@@ -177,16 +177,21 @@ def _run_pass(
 
 def _spread(
     backbone: Backbone, group: Mapping[int, Sequence[Work]], own: Sequence[Leaves]
-) -> list[Leaves]:
-    """Tell spread experts of all parts' rows; the adapters of the other parts' works, as leaves."""
+) -> dict[int, Leaves]:
+    """Tell spread experts of all parts' rows; what they use of the adapters of the other parts' works, as
+    leaves by the `id` of their `params`."""
     spread = backbone.spread
-    beside: list[Leaves] = []
+    beside: dict[int, Leaves] = {}
     assert spread is not None
     parts: dict[int, tuple[int, list[Span]]] = {}
     for part, works in group.items():
-        leaves = own if part == spread.part else [_leaves(work) for work in works]
+        leaves = own
         if part != spread.part:
-            beside += leaves
+            for work in works:
+                if id(work.params) not in beside:
+                    used = spread.used(work.layout.views(work.params))
+                    beside[id(work.params)] = _as_leaves(used, work.backward)
+            leaves = [beside[id(work.params)] for work in works]
         bounds = np.cumsum([0, *(len(work.unit.pack.tokens) for work in works)]).tolist()
         parts[part] = max(bounds[-1], MIN_ROWS), _spans(works, leaves, bounds)
     spread.prepare(parts)
@@ -223,9 +228,13 @@ def _wait_for(device: torch.device) -> None:
 
 def _leaves(work: Work) -> Leaves:
     """The adapter as leaves of this pass's graph: every unit has a gradient of its own."""
+    return _as_leaves(work.layout.views(work.params), work.backward)
+
+
+def _as_leaves(factors: Mapping[str, tuple[Tensor, Tensor]], backward: bool) -> Leaves:
     return {
-        name: (a.detach().requires_grad_(work.backward), b.detach().requires_grad_(work.backward))
-        for name, (a, b) in work.layout.views(work.params).items()
+        name: (a.detach().requires_grad_(backward), b.detach().requires_grad_(backward))
+        for name, (a, b) in factors.items()
     }
 
 
@@ -301,9 +310,9 @@ def _gradients(
     works: Sequence[Work],
     leaves: Sequence[Leaves],
     losses: Sequence[Tensor | InvalidInput],
-    beside: Sequence[Leaves],
-) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Per work its flat gradient, and of those beside, by one backward pass through all."""
+    beside: Mapping[int, Leaves],
+) -> tuple[list[Tensor | None], dict[int, Leaves]]:
+    """Per work its flat gradient, and those of what is beside, by one backward pass through all."""
     taking = [
         index
         for index, (work, loss) in enumerate(zip(works, losses, strict=True))
@@ -313,8 +322,8 @@ def _gradients(
     factors = [[leaf for pair in leaves[i].values() for leaf in pair] for i in taking]
     ends: list[Tensor] = []
     seeds: list[Tensor | None] = []
-    others = [[leaf for pair in own.values() for leaf in pair] for own in beside]
-    wanted = [leaf for own in (*factors, *others) for leaf in own]
+    others = [leaf for own in beside.values() for pair in own.values() for leaf in pair]
+    wanted = [*(leaf for own in factors for leaf in own), *others]
     if taking:
         ends.append(
             torch.stack([loss for i in taking if isinstance(loss := losses[i], Tensor)]).sum()
@@ -325,10 +334,11 @@ def _gradients(
         seeds.append(torch.zeros_like(hidden_TD))
         wanted.append(backbone.bottom)
     if not ends:
-        return grads, []
+        return grads, {}
     # A rank's share of the targets may leave an adapter of the output layer out.
     parts = iter(torch.autograd.grad(ends, wanted, seeds, materialize_grads=backbone.lockstep))
     for index, own in zip(taking, factors, strict=True):
         # The flat buffer holds A and B of each target in just this order.
         grads[index] = torch.cat([next(parts).reshape(-1) for _ in own])
-    return grads, [torch.cat([next(parts).reshape(-1) for _ in own]) for own in others]
+    given = {key: {name: (next(parts), next(parts)) for name in own} for key, own in beside.items()}
+    return grads, given

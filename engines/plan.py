@@ -163,7 +163,8 @@ class Planner:
         """
         layout.check(self.config)
         grouped = self.demand.weights == "bf16"
-        model = MemoryModel(self.config, self.item, 0, layout.tensor, layout.context, grouped)
+        ranks = (layout.tensor, layout.context, layout.expert)
+        model = MemoryModel(self.config, self.item, 0, *ranks, grouped)
         rows = max(PASS_ROWS, self.demand.context)
         shape, adapters = PassShape([rows], [()], rows), [self.adapter]
         fixed = (

@@ -74,6 +74,7 @@ class ShardedBackbone(Backbone):
         super().__init__(path, weights, str(ranks.device), copies=copies)
         self.lockstep = self.cut or ranks.layout.context > 1
         self.tensor_ranks, self.context_ranks = ranks.layout.tensor, ranks.layout.context
+        self.expert_ranks = ranks.layout.expert
         if self.lockstep:
             self.model.get_submodule("model.embed_tokens").register_forward_hook(self._embedded)
 

@@ -89,19 +89,21 @@ def _compute(
     grads: list[Tensor] = []
     if order.backward:
         own: dict[int, Tensor] = {}
-        given: list[tuple[_Item, Tensor]] = [
-            (item, result.grad)
-            for item, result in zip(order.parts[ranks.part], outcome.results, strict=True)
-            if isinstance(result, Result) and result.grad is not None
-        ]
-        others = [item for part in parts if part != ranks.part for item in order.parts[part]]
-        given += zip(others, outcome.beside, strict=True)
-        for item, term in given:
-            before = own.get(item.adapter)
-            own[item.adapter] = term if before is None else before.add_(term)
-        for index, values in enumerate(params):
+        for item, result in zip(order.parts[ranks.part], outcome.results, strict=True):
+            if isinstance(result, Result) and result.grad is not None:
+                before = own.get(item.adapter)
+                own[item.adapter] = result.grad if before is None else before.add_(result.grad)
+        for index, (layout, values) in enumerate(zip(order.layouts, params, strict=True)):
             grad = own.pop(index, None)
-            grads.append(ranks.add_up(torch.zeros_like(values) if grad is None else grad))
+            grad = torch.zeros_like(values) if grad is None else grad
+            beside = outcome.beside.pop(id(values), {})
+            if beside:
+                assert backbone.spread is not None
+                here = backbone.spread.used(layout.views(grad))
+                for name, terms in beside.items():
+                    for total, term in zip(here[name], terms, strict=True):
+                        total.add_(term)
+            grads.append(ranks.add_up(grad))
     told = ranks.collect(_told(outcome))
     if ranks.rank:
         grads = []
@@ -115,7 +117,7 @@ def _told(outcome: Outcome) -> Outcome:
         replace(r, grad=None if r.grad is None else mark) if isinstance(r, Result) else r
         for r in outcome.results
     ]
-    return replace(outcome, results=results, beside=[])
+    return replace(outcome, results=results, beside={})
 
 
 class Leader:

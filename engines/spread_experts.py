@@ -6,7 +6,7 @@ once to each, and gets back what they give. With both, a rank sends rows to thos
 tensor rank, for their experts.
 
 An adapter's gradient from the rows of other ranks comes about where the expert is, so that each rank's pass
-has the adapters of all ranks that it has experts together with.
+has what its own experts use of the adapters of all ranks that it has experts together with.
 
 Dimension names as in `experts.py`; S rows that are sent, U received.
 """
@@ -39,6 +39,23 @@ class Spread:
         self.starts: list[int] = [0]
         self.spans: list[Span] = []
 
+    def own(self, experts: int) -> slice:
+        """Of that many of a layer those that this rank keeps."""
+        layout = self.ranks.layout
+        count = experts // (layout.expert * layout.tensor)
+        first = (self.ranks.expert_rank * layout.tensor + self.ranks.tensor_rank) * count
+        return slice(first, first + count)
+
+    def used(
+        self, factors: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Views of what those use of an adapter's A and B; of what all experts share, of all of it."""
+
+        def here(factor: Tensor) -> Tensor:
+            return factor if len(factor) == 1 else factor[self.own(len(factor))]
+
+        return {name: (here(a), here(b)) for name, (a, b) in factors.items() if a.dim() == 3}
+
     def prepare(self, parts: Mapping[int, tuple[int, Sequence[Span]]]) -> None:
         """For a pass in which these parts have that many rows, under those spans."""
         self.starts, self.spans = [0], []
@@ -59,14 +76,16 @@ class SpreadExperts(RoutedExperts):
     def __init__(self, whole: RoutedExperts, spread: Spread) -> None:
         ranks = spread.ranks
         self.spread, self.tensor, self.tensor_rank = spread, ranks.layout.tensor, ranks.tensor_rank
-        self.count = len(whole.down_proj) // (ranks.layout.expert * self.tensor)
-        own = ranks.expert_rank * self.tensor + self.tensor_rank
+        own = spread.own(len(whole.down_proj))
+        self.count = own.stop - own.start
         gate_up, down = (_narrowed(p, self.count) for p in (whole.gate_up_proj, whole.down_proj))
         super().__init__(gate_up, down, whole.name, whole.context)
-        self.first = own * self.count
+        self.first = own.start
 
     def used(self, factor: Tensor) -> Tensor:
-        return factor if len(factor) == 1 else factor[self.first : self.first + self.count]
+        if len(factor) in (1, self.count):
+            return factor
+        return factor[self.first : self.first + self.count]
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         group = self.spread.ranks.tensor

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.actors.script import run_script
 from tinsmith.algorithms.plot import read_metrics
 
 FLAGS = ("--model", "tiny-llama", "--rank", 4, "--batch-size", 4, "--learning-rate", 0.01)
@@ -44,6 +45,16 @@ def test_a_file_of_rows_is_all_that_it_needs(tuned):
     assert [number for number, _ in summary["data"]["train"]["bad"]] == [5]
     assert "line 5: a row needs messages" in tuned.stderr
     assert (tuned.run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_on_two_ranks_it_is_the_same(tuned, data, tiny_home, tmp_path):
+    how = (*FLAGS, "--steps", 2, "--validation", 0.3, "--layout", "shard=2")
+    where = ("--run-dir", tmp_path / "run", "--home", tiny_home, "--json")
+    printed = run_script("from tinsmith.cli import app; app()", "sft", data, *how, *where)
+    summary = json.loads(printed.splitlines()[-1])
+    for when in ("before", "after"):
+        assert summary[when]["nll"] == pytest.approx(tuned.summary[when]["nll"], rel=1e-5)
 
 
 def test_strict_refuses_the_bad_line_and_starts_nothing(service, command, data):

@@ -21,7 +21,12 @@ PRELOADED = ["tests.engines.on_ranks", "tinsmith.engines.learner", "transformers
 
 
 def on_ranks(
-    layout: str, paths: list[str], function: Any, folder: Path, around: Any = None
+    layout: str,
+    paths: list[str],
+    function: Any,
+    folder: Path,
+    around: Any = None,
+    weights: str = "fp32",
 ) -> list[Any]:
     """`function(leader)` for each of these models in turn; or `around(serve)` as the last rank has it,
     meanwhile."""
@@ -30,7 +35,14 @@ def on_ranks(
     ports = [open_store(HOST) for _ in paths]
     multiprocessing.start_processes(
         _rank,
-        (parsed, paths, [store.port for store in ports], *map(_by_value, (function, around)), out),
+        (
+            parsed,
+            paths,
+            [store.port for store in ports],
+            *map(_by_value, (function, around)),
+            out,
+            weights,
+        ),
         nprocs=parsed.world,
         start_method="forkserver",
     )
@@ -53,13 +65,14 @@ def _rank(
     pickled: bytes,
     pickled_around: bytes,
     out: Path,
+    weights: Any,
 ) -> None:
     torch.set_num_threads(1)
     function, around = map(cloudpickle.loads, (pickled, pickled_around))
     told, teller = [], 0 if around is None else layout.world - 1
     for path, port in zip(paths, ports, strict=True):
         ranks = Ranks(layout, rank, open_store(HOST, port), "cpu")
-        backbone = ShardedBackbone(path, "fp32", ranks)
+        backbone = ShardedBackbone(path, weights, ranks)
         if rank == 0:
             leader = Leader(ranks, backbone)
             told.append(function(leader))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
@@ -23,10 +24,11 @@ from tinsmith.engines.memory_budget import own_bytes
 from tinsmith.engines.plan import Demand, ModelSizes, Planner
 from tinsmith.engines.published import published_config
 from tinsmith.engines.sharded_backbone import ShardedBackbone
-from tinsmith.primitives.types import LoraConfig
+from tinsmith.primitives.types import Datum, LoraConfig
 
 GB = 10**9
 LORA = LoraConfig(rank=16, seed=0, train_unembed=False)
+LAYERS, EXPERTS, CHOSEN = 2, 8, 2  # of the tiny mixture
 
 
 @pytest.mark.parametrize(
@@ -92,16 +94,16 @@ def test_longer_sequences_are_checkpointed():
     assert planner("Qwen3-8B", context=16384).choose(1).checkpointing
 
 
-def taken(leader, lengths: list[int]) -> dict:
-    """What this rank holds of the weights, and what a pass takes at its peak, by length and by whether
-    it is checkpointed."""
+def taken(leader, lengths: list[int], make=sequence) -> dict:
+    """What this rank holds of the weights, and what a pass takes at its peak over a sequence on every part,
+    by length and by whether it is checkpointed."""
     parameters = leader.backbone.model.parameters()
     held = {p.data_ptr(): p.nbytes for p in map(local, parameters)}
     engine = LearnerEngine(leader.backbone, group=leader)
     engine.create_run("a", LORA)
     passes = {}
     for length in lengths:
-        datums = [sequence(length)]
+        datums = [make(length, part) for part in range(leader.parts)]
         train = partial(engine.forward_backward, "a", datums, "cross_entropy", None, "loss")
         for checkpointing in (False, True):
             engine.budget.checkpointing = lambda *_, how=checkpointing, **__: [how]
@@ -130,6 +132,35 @@ def test_a_rank_takes_what_is_planned_to_15_percent(layout, tmp_path, monkeypatc
             assert estimate.weights == told["weights"]
             counted = estimate.gathered + estimate.activations
             assert counted == pytest.approx(peak_bytes, rel=0.15)
+
+
+def routed(length: int, seed: int, shares: int) -> Datum:
+    """Through experts that are chosen as the plan takes it: of each share of them one twice as often as the
+    mean, the others evenly."""
+    datum, rng = sequence(length, seed), np.random.default_rng(seed)
+    often = np.arange(EXPERTS) % (EXPERTS // shares) == 0
+    chance = np.where(often, 2 / EXPERTS, (1 - 2 * shares / EXPERTS) / max(1, (~often).sum()))
+    chance = np.maximum(chance, 1e-9)
+    drawn = np.log(chance) + rng.gumbel(size=(length, LAYERS, EXPERTS))  # without replacement
+    choice = drawn.argsort(-1)[..., -CHOSEN:]
+    return Datum(datum.model_input, {**datum.loss_fn_inputs, "routed_experts": choice})
+
+
+@pytest.mark.parametrize(
+    "layout", ["shard=2", "tensor=2", "shard=2,expert=2", "shard=2,tensor=2,expert=2"]
+)
+def test_so_does_a_rank_of_a_mixture(layout, tmp_path, monkeypatch):
+    path = make_tiny_model(tmp_path / "mixture", "qwen3_moe", intermediate=1536)
+    make = partial(routed, shares=Layout.parse(layout).expert * Layout.parse(layout).tensor)
+    (told,) = on_ranks(layout, [path], partial(taken, lengths=[200, 400], make=make), tmp_path)
+    config = AutoConfig.from_pretrained(path)
+    for (length, checkpointing), peak_bytes in told["passes"].items():
+        monkeypatch.setattr(plan, "PASS_ROWS", length)
+        planned = Planner(config, Demand(16, length, "fp32"), 0 if checkpointing else GB)
+        estimate = planned.estimate(Layout.parse(layout))
+        assert estimate.weights == told["weights"]
+        counted = estimate.gathered + estimate.activations
+        assert counted == pytest.approx(peak_bytes, rel=0.15)
 
 
 def pass_of(leader, length: int, checkpointing: bool) -> None:
@@ -175,13 +206,13 @@ def test_the_command_prints_a_table_or_json():
     shown = runner.invoke(app, command, env={"COLUMNS": "160"})
     assert shown.exit_code == 0, shown.output
     assert "Qwen3-30B-A3B: 30.5 B parameters in bf16" in shown.output
-    assert "1 GPU does not do: 2 do, as shard=2,expert=2; 1 with adapters that" in shown.output
+    assert "1 GPU does not do: 2 do, as tensor=2; 1 with adapters that" in shown.output
     told = runner.invoke(app, [*command, "--json"])
     first, second = map(json.loads, told.output.splitlines())
     assert (first["fits"], second["fits"], second["layout"]) == (
         False,
         True,
-        "data=8,shard=2,expert=2",
+        "data=4,shard=4,expert=4",
     )
     refused = runner.invoke(app, ["plan", "Qwen3-8B", "--gpus", "4", "--layout", "shard=2"])
     assert "layout shard=2 is for 2 GPUs, not 4" in refused.output

@@ -220,6 +220,38 @@ def test_a_checkpoint_goes_on_exactly(ranks):
         assert str(ours["again"]) == str(ours["steps"][2])
 
 
+def first_step(backbone, **options) -> dict[str, tuple]:
+    return step_all(engine_of(backbone, **options), 0)
+
+
+def off(got, wanted) -> float:
+    """Relative to what is wanted."""
+    got, wanted = (torch.as_tensor(x, dtype=torch.float64) for x in (got, wanted))
+    return float(torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted))
+
+
+@pytest.mark.parametrize("layout_", ["shard=2", "tensor=2", "context=2", "shard=2,tensor=2"])
+def test_in_bf16_ranks_are_as_close_to_fp32_as_one_is(layout_, all_paths, all_whole, tmp_path):
+    """Logprobs and gradients; rounded differently, so within half as much again."""
+    paths, exact = all_paths[:3], [whole["steps"][0] for whole in all_whole[:3]]
+    on_one = [first_step(Backbone(path, "bf16")) for path in paths]
+    on_many = on_ranks(
+        layout_,
+        paths,
+        lambda leader: first_step(leader.backbone, group=leader),
+        tmp_path,
+        weights="bf16",
+    )
+    for many, one, wanted in zip(on_many, on_one, exact, strict=True):
+        for run_id in RUNS:
+            for ours, theirs, in_fp32 in zip(
+                many[run_id][1:], one[run_id][1:], wanted[run_id][1:], strict=True
+            ):
+                rounding = off(theirs, in_fp32)
+                assert 1e-4 < rounding < 0.1
+                assert off(ours, in_fp32) < 1.5 * rounding
+
+
 def test_a_checkpoint_moves_to_one_rank(ranks, whole, paths):
     for path, ours, theirs in zip(paths, ranks, whole, strict=True):
         engine = engine_of(Backbone(path, "fp32"))

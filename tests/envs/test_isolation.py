@@ -62,7 +62,7 @@ async def test_a_misbehaving_environment_costs_only_its_own_episode(pool, action
 async def test_a_process_that_dies_before_it_is_told_what_to_import_is_reported(pool, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     too_much_to_be_buffered = EnvSource("mine", factory=bytes(8 << 20))
-    with pytest.raises(EnvironmentFailure, match="'mine': .* imports it exited with code 1"):
+    with pytest.raises(EnvironmentFailure, match=r"'mine': .* imports it exited with code 1"):
         async with pool.open(too_much_to_be_buffered, {}):
             pass
 
