@@ -6,10 +6,12 @@ Calls reach the engine between two steps, through a queue, so nothing else ever 
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from ..primitives.errors import TinsmithError, Unavailable
 from ..primitives.types import LoraConfig, SampledToken, SampleRequest, SampleResponse
 
 Listener = Callable[[Event], None]
+
+logger = logging.getLogger(__name__)
 
 
 class EngineThread:
@@ -74,10 +78,14 @@ class EngineThread:
                 future.set_exception(error)
 
     async def _in_engine(self, function: Callable[..., Any], *args: Any) -> Any:
+        # Shielded: what has been handed to the engine is done there.
+        return await asyncio.shield(asyncio.wrap_future(self._later(function, *args)))
+
+    def _later(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Before any call that comes after this one."""
         future: Future[Any] = Future()
         self._calls.put((lambda: function(*args), future))
-        # Shielded: what has been handed to the engine is done there.
-        return await asyncio.shield(asyncio.wrap_future(future))
+        return future
 
     def _submit(self, request: SampleRequest, streaming: bool, listener: Listener) -> int:
         number = self.engine.submit(request, streaming)
@@ -128,12 +136,21 @@ class EngineThread:
     async def add_adapter(
         self, run_id: str, version: int, config: LoraConfig, flat: np.ndarray, keep: bool = True
     ) -> None:
+        """Returns without waiting for the step under way, which goes on under the weights that it has:
+        every call that comes later finds the version there."""
         # A copy: what Ray hands over is read-only memory shared with other processes.
         params = torch.tensor(flat)
-        await self._in_engine(self.engine.add_adapter, run_id, version, config, params, keep)
+        self.engine.check_adapter(run_id, config, params)
+        added = self._later(self.engine.add_adapter, run_id, version, config, params, keep)
+        added.add_done_callback(partial(_report, f"version {version} of run {run_id}"))
 
     async def drop_run(self, run_id: str) -> None:
         await self._in_engine(self.engine.drop_run, run_id)
 
     async def newest(self, run_id: str) -> int | None:
         return await self._in_engine(self.engine.adapters.newest, run_id)
+
+
+def _report(what: str, added: Future[Any]) -> None:
+    if added.exception() is not None:
+        logger.error("%s is not there: %s", what, added.exception())

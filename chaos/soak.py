@@ -31,6 +31,7 @@ from tinsmith.envs import Env, EpisodeLimits, EpisodeSpec
 
 WARM_UP = 0.25  # of the time: caches and pools fill
 WATCH_SECONDS = 5.0
+TURNS = 3
 WORST_RATIO = 5.0
 KV_BYTES = 1 << 26  # that is filled before the warm-up is over
 GROWTH, GROWTH_BYTES = 0.02, 4 << 20  # over the whole time: what is less is no growth
@@ -48,7 +49,7 @@ T = TypeVar("T")
 
 @tinsmith.envs.register("slow_tool")
 class SlowTool(Env):
-    """Three turns; each waits for a tool, `seconds` on average."""
+    """`TURNS` turns; each waits for a tool, `seconds` on average."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -60,7 +61,7 @@ class SlowTool(Env):
     def step(self, action: str) -> Any:
         time.sleep(self.rng.uniform(0.5, 1.5) * self.seconds)
         self.turn += 1
-        return "And on.", 0.0, self.turn == 3, False, {}
+        return "And on.", 0.0, self.turn == TURNS, False, {}
 
 
 class Watch:
@@ -119,24 +120,45 @@ async def tenant(
     watch: Watch,
     until: float,
     think_s: float,
+    number: int,
 ) -> None:
     """Steps, each with a sample of the newest weights, now and then a checkpoint."""
-    rng = np.random.default_rng(len(training.run_id))
+    rng = np.random.default_rng(number)  # else all think for as long, and come together
+    await asyncio.sleep(rng.uniform(0, think_s))
     vocabulary = (await training.get_info()).vocab_size
-    params = tinsmith.SamplingParams(max_tokens=16, stop=[], seed=0)
     step = 0
     while time.monotonic() < until:
-        tokens = rng.integers(0, vocabulary, (4, 65))
-        passed = training.forward_backward([_datum(row) for row in tokens])
-        stepped = training.optim_step()
-        await watch.timed("forward_backward", passed)
-        await watch.timed("optim_step", stepped)
-        await watch.timed("sample", live.sample(tokens[0, :32], 1, params))
+        await _step(training, live, watch, rng.integers(0, vocabulary, (4, 65)))
         step += 1
         if step % 10 == 0:
             saving = training.save_state("newest", overwrite=True, ttl_seconds=3600)
             await watch.timed("save_state", saving)
         await asyncio.sleep(rng.uniform(0.5, 1.5) * think_s)
+
+
+async def _step(
+    training: tinsmith.TrainingClient,
+    live: tinsmith.SamplingClient,
+    watch: Watch,
+    tokens: np.ndarray,
+) -> None:
+    passed = training.forward_backward([_datum(row) for row in tokens])
+    stepped = training.optim_step()
+    await watch.timed("forward_backward", passed)
+    await watch.timed("optim_step", stepped)
+    params = tinsmith.SamplingParams(max_tokens=16, stop=[], seed=0)
+    await watch.timed("sample", live.sample(tokens[0, :32], 1, params))
+
+
+async def fill(
+    runs: list[tinsmith.TrainingClient], policies: list[tinsmith.SamplingClient]
+) -> None:
+    """Any number of tenants at once: what is kept for every size of a pass is there from then on."""
+    vocabulary, rng = (await runs[0].get_info()).vocab_size, np.random.default_rng(0)
+    for count in range(1, len(runs) + 1):
+        together = zip(runs[:count], policies, strict=False)
+        tokens = rng.integers(0, vocabulary, (4, 65))
+        await asyncio.gather(*(_step(run, live, Watch(), tokens) for run, live in together))
 
 
 def _datum(tokens: np.ndarray) -> tinsmith.Datum:
@@ -150,8 +172,10 @@ async def episodes(
     watch: Watch,
     until: float,
     tool_s: float,
+    number: int,
 ) -> None:
     """One after another."""
+    await asyncio.sleep(np.random.default_rng(number).uniform(0, TURNS * tool_s))
     while time.monotonic() < until:
         spec = EpisodeSpec(
             "slow_tool",
@@ -169,21 +193,22 @@ async def soak(
     model: str, home: str, minutes: float, tenants: int, playing: int, think_s: float, tool_s: float
 ) -> tuple[Watch, list[str]]:
     """What was measured, and what was left behind."""
-    until = time.monotonic() + 60 * minutes
     async with tinsmith.connect(home=home, num_cpus=os.cpu_count(), kv_bytes=KV_BYTES) as service:
         workers = await service.create_env_client(model, max_concurrent=playing)
         runs = [
             await service.create_lora_training_client(model, rank=4, seed=n) for n in range(tenants)
         ]
         policies = [await training.live_sampling_client().ready() for training in runs]
+        await fill(runs, policies)
         watch, tasks = Watch(), len(asyncio.all_tasks())
+        until = watch.started + 60 * minutes
         work = [
             *(
-                tenant(t, live, watch, until, think_s)
-                for t, live in zip(runs, policies, strict=True)
+                tenant(training, live, watch, until, think_s, n)
+                for n, (training, live) in enumerate(zip(runs, policies, strict=True))
             ),
             *(
-                episodes(workers, policies[n % tenants], watch, until, tool_s)
+                episodes(workers, policies[n % tenants], watch, until, tool_s, n)
                 for n in range(playing)
             ),
         ]

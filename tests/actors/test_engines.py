@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import threading
 
 import numpy as np
 import pytest
@@ -128,6 +129,32 @@ def at(logprobs, tokens):
 
 async def sequence(engine, request):
     return (await engine.sample(request)).sequences[0]
+
+
+async def test_a_version_waits_for_no_step_and_is_there_for_what_is_asked_next(
+    model_path, tokenizer, monkeypatch
+):
+    sampler = SamplerEngine(Backbone(model_path), tokenizer, kv_bytes=1 << 22)
+    begun, may_end, step = threading.Event(), threading.Event(), sampler.step
+
+    def long_step():
+        begun.set()
+        assert may_end.wait(60)
+        return step()
+
+    monkeypatch.setattr(sampler, "step", long_step)
+    engine, config, run = EngineThread(sampler), LoraConfig(rank=4), PolicyRef("run")
+    flat = np.zeros(engine.layout(config).size, np.float32)
+    await engine.add_adapter("run", 1, config, flat, False)
+    before = asyncio.create_task(sequence(engine, greedy(prompt_of(5), 3, run)))
+    await asyncio.to_thread(begun.wait, 60)
+    await asyncio.wait_for(engine.add_adapter("run", 2, config, flat, False), 30)
+    after = asyncio.create_task(sequence(engine, greedy(prompt_of(6), 3, run)))
+    with pytest.raises(tinsmith.InvalidInput, match=r"\(1,\) parameters, expected"):
+        await engine.add_adapter("run", 3, config, flat[:1], False)
+    may_end.set()
+    assert (await before).versions.tolist() == [1, 2, 2]
+    assert (await after).versions.tolist() == [2, 2, 2]
 
 
 async def test_greedy_tokens_and_logprobs_are_the_models(engine, reference):

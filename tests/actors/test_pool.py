@@ -56,7 +56,7 @@ def same(responses):
 """
 
 
-def told(script: str, *args: object, seconds: float = 180) -> dict:
+def told(script: str, *args: object, seconds: float = 300) -> dict:
     out = run_script(COMMON + script, *args, seconds=seconds)
     return json.loads(out.splitlines()[-1])
 
