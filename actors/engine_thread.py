@@ -118,8 +118,7 @@ class EngineThread:
         def listen(event: Event) -> None:
             loop.call_soon_threadsafe(arrived.put_nowait, event)
 
-        submitted: Future[int] = Future()
-        self._calls.put((lambda: self._submit(request, streaming, listen), submitted))
+        submitted: Future[int] = self._later(self._submit, request, streaming, listen)
         finished = False
         try:
             await asyncio.shield(asyncio.wrap_future(submitted))
@@ -131,7 +130,7 @@ class EngineThread:
                 yield event
         finally:
             if not finished:
-                self._calls.put((lambda: self._withdraw(submitted), Future()))
+                self._later(self._withdraw, submitted)
 
     async def add_adapter(
         self, run_id: str, version: int, config: LoraConfig, flat: np.ndarray, keep: bool = True
@@ -139,9 +138,8 @@ class EngineThread:
         """Returns without waiting for the step under way, which goes on under the weights that it has:
         every call that comes later finds the version there."""
         # A copy: what Ray hands over is read-only memory shared with other processes.
-        params = torch.tensor(flat)
-        self.engine.check_adapter(run_id, config, params)
-        added = self._later(self.engine.add_adapter, run_id, version, config, params, keep)
+        adapter = self.engine.adapter_of(run_id, config, torch.tensor(flat))
+        added = self._later(self.engine.hold, run_id, version, adapter, keep)
         added.add_done_callback(partial(_report, f"version {version} of run {run_id}"))
 
     async def drop_run(self, run_id: str) -> None:

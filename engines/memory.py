@@ -162,8 +162,8 @@ class MemoryModel:
         # the order of rows.
         row += item * (2 * c.hidden_size + q + 2 * kv + 2 * q)
         if self._routed:  # gate and up
-            pairs = c.num_experts_per_tok // self.tensor
-            row += item * 2 * c.moe_intermediate_size * pairs + self._routing()
+            inner = c.num_experts_per_tok * c.moe_intermediate_size // self.tensor
+            row += item * 2 * inner + self._routing()
         else:  # gate, its activation, up and their product
             row += item * 4 * self._inner_size
         row += FLOAT * c.num_attention_heads // self.tensor

@@ -193,23 +193,24 @@ class SamplerEngine:
     ) -> None:
         """Hold a version (flat float32 parameters); it becomes the run's newest. `keep=False`
         lets it go once a newer one is there and no request uses it."""
-        self.check_adapter(run_id, config, flat)
-        flat = flat.to(self.backbone.device, self.backbone.dtype)
-        adapter = Adapter.from_flat(self.backbone.layout(config), flat)
+        self.hold(run_id, version, self.adapter_of(run_id, config, flat), keep)
+
+    def hold(self, run_id: str, version: int, adapter: Adapter, keep: bool) -> None:
         self.adapters.add(self.adapters.key_for(run_id, version, adapter), adapter, keep)
         self._sweep()
 
-    def check_adapter(self, run_id: str, config: LoraConfig, flat: Tensor) -> None:
+    def adapter_of(self, run_id: str, config: LoraConfig, flat: Tensor) -> Adapter:
         """From any thread.
 
         Raises:
             InvalidInput: another number of parameters.
         """
-        size = self.backbone.layout(config).size
-        if flat.shape != (size,):
+        layout = self.backbone.layout(config)
+        if flat.shape != (layout.size,):
             raise InvalidInput(
-                f"adapter of run {run_id!r}: {tuple(flat.shape)} parameters, expected {size}"
+                f"adapter of run {run_id!r}: {tuple(flat.shape)} parameters, expected {layout.size}"
             )
+        return Adapter.from_flat(layout, flat.to(self.backbone.device, self.backbone.dtype))
 
     def drop_run(self, run_id: str) -> None:
         """Forget a run's weights; its requests under way fail."""
