@@ -181,17 +181,15 @@ def _spread(
     """Tell spread experts of all parts' rows; what they use of the adapters of the other parts' works, as
     leaves by the `id` of their `params`."""
     spread = backbone.spread
-    beside: dict[int, Leaves] = {}
     assert spread is not None
+    adapters = {id(w.params): w for part, ws in group.items() if part != spread.part for w in ws}
+    beside = {
+        key: _as_leaves(spread.used(work.layout.views(work.params)), work.backward)
+        for key, work in adapters.items()
+    }
     parts: dict[int, tuple[int, list[Span]]] = {}
     for part, works in group.items():
-        leaves = own
-        if part != spread.part:
-            for work in works:
-                if id(work.params) not in beside:
-                    used = spread.used(work.layout.views(work.params))
-                    beside[id(work.params)] = _as_leaves(used, work.backward)
-            leaves = [beside[id(work.params)] for work in works]
+        leaves = own if part == spread.part else [beside[id(work.params)] for work in works]
         bounds = np.cumsum([0, *(len(work.unit.pack.tokens) for work in works)]).tolist()
         parts[part] = max(bounds[-1], MIN_ROWS), _spans(works, leaves, bounds)
     spread.prepare(parts)

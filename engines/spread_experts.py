@@ -46,15 +46,16 @@ class Spread:
         first = (self.ranks.expert_rank * layout.tensor + self.ranks.tensor_rank) * count
         return slice(first, first + count)
 
+    def here(self, factor: Tensor) -> Tensor:
+        """A view of what those use of an adapter's A or B; of what all experts share, of all of it."""
+        return factor if len(factor) == 1 else factor[self.own(len(factor))]
+
     def used(
         self, factors: Mapping[str, tuple[Tensor, Tensor]]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Views of what those use of an adapter's A and B; of what all experts share, of all of it."""
-
-        def here(factor: Tensor) -> Tensor:
-            return factor if len(factor) == 1 else factor[self.own(len(factor))]
-
-        return {name: (here(a), here(b)) for name, (a, b) in factors.items() if a.dim() == 3}
+        return {
+            name: (self.here(a), self.here(b)) for name, (a, b) in factors.items() if a.dim() == 3
+        }
 
     def prepare(self, parts: Mapping[int, tuple[int, Sequence[Span]]]) -> None:
         """For a pass in which these parts have that many rows, under those spans."""
@@ -83,9 +84,8 @@ class SpreadExperts(RoutedExperts):
         self.first = own.start
 
     def used(self, factor: Tensor) -> Tensor:
-        if len(factor) in (1, self.count):
-            return factor
-        return factor[self.first : self.first + self.count]
+        # Of other parts' adapters there is no more than that.
+        return factor if len(factor) == self.count else self.spread.here(factor)
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         group = self.spread.ranks.tensor
