@@ -88,6 +88,6 @@ async def test_it_learns_at_any_staleness(service, max_staleness):
     result = await tinsmith.train(service, config)
     assert result.before is not None
     assert result.after is not None
+    # Not by success, which asks for more than half vowels: to repeat one token of a vowel and a
+    # consonant gives half of the reward, and may be what it learns.
     assert result.before.reward_interval().high < result.after.reward_interval().low
-    # Success is a share above one half: not by chance.
-    assert result.before.high < result.after.low
