@@ -53,6 +53,7 @@ class Spread:
     def used(
         self, factors: Mapping[str, tuple[Tensor, Tensor]]
     ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of an adapter's A and B those of routed experts, as far as they are used here."""
         return {
             name: (self.here(a), self.here(b)) for name, (a, b) in factors.items() if a.dim() == 3
         }
