@@ -20,7 +20,6 @@ from sampler_vs_generate import PROMPTS, REQUESTS, sample_all, task_prompts
 
 from tinsmith.engines.backbone import Backbone
 from tinsmith.engines.lora import UNEMBED, LoraLinear
-from tinsmith.engines.products import rows_times
 from tinsmith.engines.sampler import SamplerEngine
 from tinsmith.primitives.client import load_tokenizer
 
@@ -34,7 +33,7 @@ def products(layers: list[LoraLinear], rows: int) -> float:
 
     def step() -> None:
         for layer in layers:
-            rows_times(inputs[layer.in_features], layer.dense(), layer.bias, layer.reordered)
+            layer(inputs[layer.in_features])
 
     return statistics.median([seconds(step) for _ in range(4)][1:])
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import statistics
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import psutil
 import torch
 
+from ..engines.product_library import processor
 from .campaign import Campaign, Outcome
 
 
@@ -56,11 +55,8 @@ def report(campaign: Campaign, outcome: Outcome, command: str) -> str:
 
 
 def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    processor = match[1] if match else platform.processor() or platform.machine()
     return (
-        f"{len(os.sched_getaffinity(0))} core(s) of {processor}, "
+        f"{len(os.sched_getaffinity(0))} core(s) of {processor()}, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB, Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     )

@@ -1,9 +1,9 @@
 """A transformers decoder run over packed tokens, with attention and LoRA supplied from outside.
 
-The model's own code computes embeddings, norms, rotary positions and projections; what Tinsmith
+The model's own code computes embeddings, rotary positions and what joins the parts; what Tinsmith
 replaces is the attention function (through transformers' `AttentionInterface`, so that a pass may
-be a packed forest of prefixes or a step of a paged decoder) and the linear layers (by
-`LoraLinear`). Any family that follows transformers' conventions therefore works unchanged.
+be a packed forest of prefixes or a step of a paged decoder), the linear layers (by `LoraLinear`) and the
+norms (by `RmsNorm`). Any family that follows transformers' conventions therefore works unchanged.
 
 Dimension names: T packed tokens, D hidden size, V vocabulary, H query heads, G key/value heads,
 E size of a head.
@@ -34,8 +34,10 @@ from .lora import (
     LoraLinear,
     Shape,
     Span,
+    reorder,
 )
 from .model_folder import NAMES, mappable, stored_dtypes
+from .norms import RmsNorm, is_rms_norm
 from .quantized import PackedWeight, pack
 from .routing import Routing
 from .target_logprobs import UnembedSpan, target_logprobs
@@ -47,6 +49,7 @@ Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """`(layer, q [H, T, E], k [G, T, E], v [G, T, E], scale) -> [T, H, E]`."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAME_ROWS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SUPPORTED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -167,6 +170,9 @@ class Backbone:
         for layer in self.layers:
             layer.gradient_checkpointing = True  # takes effect while layer.training is set
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        for name, module in list(self.model.named_modules()):
+            if is_rms_norm(module):
+                self.model.set_submodule(name, RmsNorm(module))
         self.config = config
         self.num_layers: int = config.num_hidden_layers
         self.num_heads: int = config.num_attention_heads
@@ -256,10 +262,15 @@ class Backbone:
         return self.model.get_submodule(UNEMBED)(hidden_ND)
 
     def reorder(self) -> None:
-        """Keep a second copy of the linear layers' weights: see `LoraLinear.reorder`."""
+        """Keep a second copy of the linear layers' weights: see `lora.reorder`."""
         for module in self.model.modules():
-            if isinstance(module, LoraLinear):
-                module.reorder()
+            layers = {n: m for n, m in module.named_children() if isinstance(m, LoraLinear)}
+            for names in SAME_ROWS:
+                together = [layers.pop(name) for name in names if name in layers]
+                if together:
+                    reorder(together)
+            for layer in layers.values():
+                reorder([layer])
 
     @property
     def unembedding(self) -> Tensor:

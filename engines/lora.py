@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ..primitives.errors import InvalidInput
 from ..primitives.types import LoraConfig
-from .products import reorder, rows_times, rows_times_transposed
+from .products import Reordered, many, rows_times, rows_times_transposed, step_times
 from .quantized import PackedWeight
 
 ATTN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -73,7 +74,7 @@ class AdapterLayout:
             )
         return cls(config, trained)
 
-    @property
+    @cached_property
     def scale(self) -> float:
         return self.config.alpha / self.config.rank
 
@@ -149,16 +150,6 @@ class LoraContext:
         self.spans: Sequence[Span] = ()
 
 
-def _add_adapters(y_TO, x_TI, spans, *factors):  # type: ignore[no-untyped-def]
-    """Adds `scale x A' B'` to `y` in place, and returns each span's `x A'`."""
-    projected = []
-    for (start, stop, scale), a_RI, b_OR in zip(spans, factors[::2], factors[1::2], strict=True):
-        xa_SR = rows_times(x_TI[start:stop], a_RI.to(x_TI.dtype))
-        y_TO[start:stop].addmm_(xa_SR, b_OR.to(x_TI.dtype).T, alpha=scale)
-        projected.append(xa_SR)
-    return projected
-
-
 class _LoraLinear(torch.autograd.Function):
     """`y = x W' + scale x A' B'` by spans; the frozen base saves nothing of its own, and is asked
     for its weight again in the backward pass."""
@@ -166,7 +157,13 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TI, weight, bias_O, spans, *factors):  # type: ignore[no-untyped-def]
         y_TO = rows_times(x_TI, weight(), bias_O)
-        projected = _add_adapters(y_TO, x_TI, spans, *factors)
+        projected = []
+        for (start, stop, scale), a_RI, b_OR in zip(
+            spans, factors[::2], factors[1::2], strict=True
+        ):
+            xa_SR = rows_times(x_TI[start:stop], a_RI.to(x_TI.dtype))
+            y_TO[start:stop].addmm_(xa_SR, b_OR.to(x_TI.dtype).T, alpha=scale)
+            projected.append(xa_SR)
         ctx.weight, ctx.spans = weight, spans
         ctx.save_for_backward(x_TI if spans else None, *factors, *projected)
         return y_TO
@@ -186,9 +183,11 @@ class _LoraLinear(torch.autograd.Function):
             dxa_SR = rows_times_transposed(dy_SO, b_OR.to(dy_SO.dtype)).mul_(scale)
             if dx_TI is not None:
                 dx_TI[start:stop].addmm_(dxa_SR, a_RI.to(dy_SO.dtype))
-            out.append(rows_times_transposed(dxa_SR.T, x_TI[start:stop]).to(a_RI.dtype))
-            db_RO = rows_times_transposed(xa_SR.T, dy_SO).mul_(scale)
-            out.append(db_RO.T.to(b_OR.dtype))
+            # The wide side first: MKL is quicker so.
+            da_IR = rows_times_transposed(x_TI[start:stop].T, dxa_SR)
+            out.append(da_IR.T.to(a_RI.dtype))
+            db_OR = rows_times_transposed(dy_SO.T, xa_SR).mul_(scale)
+            out.append(db_OR.to(b_OR.dtype))
         return dx_TI, None, None, None, *out
 
 
@@ -211,7 +210,7 @@ class LoraLinear(nn.Module):
         self.packed, self.bias = packed, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
         self.name, self.context = name, context
-        self.reordered: Tensor | None = None
+        self.reordered: tuple[Reordered, int] | None = None  # and which of its layers this is
 
     def dense(self) -> Tensor:
         """The frozen weight `[O, I]`, in the dtype that the model computes in."""
@@ -220,16 +219,18 @@ class LoraLinear(nn.Module):
         assert self.weight is not None
         return self.weight
 
-    def reorder(self) -> None:
-        """Keep a second copy of the weight, with which passes without gradient are quicker."""
-        if self.packed is None and self.reordered is None:
-            self.reordered = reorder(self.dense())
-
     def used(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
         """What of an adapter's A and B this layer computes with."""
         return a_RI, b_OR
 
     def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        # A sampler's passes are in inference mode; a learner's without gradient are not.
+        sampling = torch.is_inference_mode_enabled()
+        y = self._sampling(x, flat) if sampling else self._learning(flat)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _learning(self, x_TI: Tensor) -> Tensor:
         spans: list[tuple[int, int, float]] = []
         factors: list[Tensor] = []
         for span in self.context.spans:
@@ -237,10 +238,32 @@ class LoraLinear(nn.Module):
             if weights is not None:
                 spans.append((span.start, span.stop, span.adapter.layout.scale))
                 factors.extend(self.used(*weights))
-        flat = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled():
-            y = _LoraLinear.apply(flat, self.dense, self.bias, spans, *factors)
+        return _LoraLinear.apply(x_TI, self.dense, self.bias, spans, *factors)
+
+    def _sampling(self, x: Tensor, flat_TI: Tensor) -> Tensor:
+        """Without what a gradient needs, and with few steps of Python: of a few rows, they take time."""
+        if self.reordered is None or many(len(flat_TI)):
+            y_TO = step_times(flat_TI, self.dense(), self.bias)
         else:
-            y = rows_times(flat, self.dense(), self.bias, self.reordered)
-            _add_adapters(y, flat, spans, *factors)
-        return y.view(*x.shape[:-1], self.out_features)
+            reordered, place = self.reordered
+            y_TO = reordered.times(x, place)
+        for span in self.context.spans:
+            weights = span.adapter.weights.get(self.name)
+            if weights is not None:
+                here, (a_RI, b_OR) = slice(span.start, span.stop), self.used(*weights)
+                xa_SR = torch.mm(flat_TI[here], a_RI.T)
+                y_TO[here].addmm_(xa_SR, b_OR.T, alpha=span.adapter.layout.scale)
+        return y_TO
+
+
+def reorder(layers: Sequence[LoraLinear]) -> None:
+    """Keep a second copy of the weights of layers that are given the same rows one after the other, with
+    which a sampler's steps are quicker (see `Reordered`)."""
+    if any(layer.reordered or layer.packed for layer in layers):
+        return
+    weights = [layer.dense() for layer in layers]
+    if not Reordered.possible(weights[0]):
+        return
+    together = Reordered(weights, [layer.bias for layer in layers if layer.bias is not None])
+    for place, layer in enumerate(layers):
+        layer.reordered = together, place

@@ -25,7 +25,7 @@ import transformers
 from .backbone import DTYPES, Backbone
 from .base_weights import QUANTIZED, BaseWeights
 from .lora import UNEMBED, AdapterLayout
-from .target_logprobs import CHUNK_ROWS
+from .target_logprobs import BLOCK_ROWS, BLOCK_TOKENS
 from .tree_attention import alike, cut_forest, own_segments, row_edges
 
 INDEX = 8  # bytes of an index
@@ -157,7 +157,7 @@ class MemoryModel:
         """What autograd keeps of one decoder layer."""
         c, item = self.config, self.item
         q, kv = self._heads()
-        row = 2 * FLOAT * (c.hidden_size + 1)  # what goes into the norms, and its scale
+        row = 2 * (item * c.hidden_size + FLOAT)  # the rows that the norms scaled, and their scales
         # What comes out of them; queries, keys, values; the attention's output, as it comes and in
         # the order of rows.
         row += item * (2 * c.hidden_size + q + 2 * kv + 2 * q)
@@ -169,7 +169,7 @@ class MemoryModel:
         row += FLOAT * c.num_attention_heads // self.tensor
         if c.model_type in ("qwen3", "qwen3_moe"):  # which norms queries and keys too
             heads = (c.num_attention_heads + c.num_key_value_heads) // self.tensor
-            row += FLOAT * (q + kv + heads)
+            row += item * (q + kv) + FLOAT * heads
         row += item * max(map(self._ranks, layouts))
         kept = row * shape.rows + item * sum(self._copies(shape))
         if self._routed:
@@ -311,12 +311,20 @@ class MemoryModel:
         return rows + factors + self._block(shape, 3 * c.hidden_size + 7 * c.moe_intermediate_size)
 
     def logits(self, shape: PassShape, layouts: Sequence[AdapterLayout]) -> int:
-        """A chunk of them, and gradients of the rows' hidden states."""
+        """A block of them and what is summed over blocks; or the targets' rows of the unembedding; and
+        gradients of the rows' hidden states."""
+        c = self.config
         own = -(-shape.targets // (self.tensor * self.context))
-        chunk = min(own, CHUNK_ROWS) * self.config.vocab_size
+        rows, tokens = min(own, BLOCK_ROWS), min(c.vocab_size, BLOCK_TOKENS)
+        block = (
+            rows * tokens * (1 if tokens == c.vocab_size else 2)
+        )  # the one before is there still
+        sums = 2 * FLOAT * rows * c.hidden_size
         if self.item != FLOAT:  # sums, and a trained unembedding's gradient, are float32
-            chunk *= 3 + 2 * any(UNEMBED in layout.targets for layout in layouts)
-        return self.item * (chunk + self.config.hidden_size * shape.targets)
+            block *= 3 + 2 * any(UNEMBED in layout.targets for layout in layouts)
+        rows_of_targets = 2 * self.item * c.hidden_size * own
+        inside = max(self.item * block + sums, rows_of_targets)
+        return inside + self.item * c.hidden_size * shape.targets
 
 
 def state_bytes(layouts: Iterable[AdapterLayout]) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 import tinsmith
@@ -7,6 +9,8 @@ from tests.tiny import make_tiny_model
 
 # The engines' threads in the tests, here and in the actors, so that results can be compared bitwise.
 THREADS = 1
+# And their library for products, which would be measured once for every home.
+os.environ.setdefault("TINSMITH_PRODUCTS", "blas")
 
 
 @pytest.fixture(scope="session")
