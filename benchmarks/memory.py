@@ -2,12 +2,13 @@
 
 What must be there (`engines/memory.py`): one copy of the base weights in fp32, a rank-32 run's
 parameters, gradient and moments, the activations of a pass over a group of 8 (prompt 128, completion
-16), the sampler's cache and the activations of its largest step. `theirs` is 1.3 times the sum.
+16), the sampler's copy of the adapter, its cache, the activations of its largest step and the logits of
+32 requests. `theirs` is 1.3 times the sum.
 
 Ours is the largest sum of both actors' PSS (pages that processes share are counted once between
 them) while they train, publish and sample at the same time. Python, torch, transformers and Ray take
 some 300 to 600 MB in each process, whatever the model: that is measured at the same moment in two
-actors that have imported the same and hold no model, and subtracted. It is reported as
+actors that have imported the same and hold a model of next to nothing, and subtracted. It is reported as
 `runtime_mb`; `with_runtime_mb` is what is not subtracted from.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ import psutil
 import ray
 import torch
 from harness import options, report, say
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import tinsmith
 from tinsmith import AdamParams, Datum, SamplingParams
@@ -35,21 +37,29 @@ from tinsmith.engines.memory import MemoryModel, PassShape, state_bytes, weights
 LIMIT = 1.3
 KV_BYTES = 1 << 27
 GROUP, PROMPT, COMPLETION = 8, 128, 16
-STEP_ROWS, LOGIT_ROWS = 768, 256  # the sampler's
+REQUESTS, STEP_ROWS = 32, 768  # the sampler's
 LORA = tinsmith.LoraConfig(rank=32, seed=0)
 MODEL_ACTOR, IDLE_ACTOR = re.compile(r"ray::(Learner|Sampler)\b"), re.compile(r"ray::Idle\b")
 
 
 class Idle:
-    """What a learner or sampler is without a model."""
+    """What a learner or sampler is without a model to speak of."""
 
-    def start(self) -> None:
+    def start(self, tiny: str) -> None:
         from tinsmith.actors import learner, sampler  # noqa: F401
         from tinsmith.actors.threads import set_engine_threads
+        from tinsmith.engines.backbone import Backbone
 
         set_engine_threads(None)
+        Backbone(tiny)  # what is imported for it is imported for any
         x = torch.rand(256, 256, requires_grad=True)
         (x @ x).logsumexp(1).sum().backward()
+
+
+def save_tiny(folder: str) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(num_attention_heads=1, num_key_value_heads=1, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def pss(which: re.Pattern[str]) -> int:
@@ -69,17 +79,19 @@ def pss(which: re.Pattern[str]) -> int:
 def counted(model: str) -> dict[str, int]:
     """Bytes that must be there, by what for."""
     layouts = [AdapterLayout.of(LORA, targets_of_folder(model))]
-    count = MemoryModel(AutoConfig.from_pretrained(model), torch.float32.itemsize)
+    config = AutoConfig.from_pretrained(model)
+    count = MemoryModel(config, torch.float32.itemsize)
     trained = PassShape(
         [PROMPT] + GROUP * [COMPLETION], [()] + GROUP * [(0,)], 1 + GROUP * COMPLETION
     )
-    drawn = PassShape([STEP_ROWS], [()], LOGIT_ROWS)
+    drawn = PassShape([STEP_ROWS], [()], 0)
     return {
         "weights": weights_bytes(model, "fp32"),
         "run": state_bytes(layouts),
         "pass": count.pass_(trained, layouts, checkpointing=False),
         "cache": KV_BYTES,
-        "step": count.forward(drawn, layouts),
+        "adapter": 4 * layouts[0].size,
+        "step": count.forward(drawn, layouts) + 4 * REQUESTS * config.vocab_size,
     }
 
 
@@ -111,7 +123,7 @@ async def work(service: tinsmith.ServiceClient, model: str, rounds: int) -> None
         policy = await training.save_weights_and_get_sampling_client()
         training.forward_backward(group(rng, vocab), "cross_entropy", logprobs="loss")
         stepped = training.optim_step(AdamParams())
-        prompts = rng.integers(0, vocab, (32, PROMPT))
+        prompts = rng.integers(0, vocab, (REQUESTS, PROMPT))
         await asyncio.gather(stepped, *(policy.sample(p, 1, params) for p in prompts))
         say(f"round {turn}: {pss(MODEL_ACTOR) / 1e6:.0f} MB")
 
@@ -124,7 +136,9 @@ async def main() -> None:
         idle = [
             ray.remote(Idle).options(num_cpus=0, runtime_env=ENGINE_ENV).remote() for _ in range(2)
         ]
-        await asyncio.gather(*(actor.start.remote() for actor in idle))
+        with tempfile.TemporaryDirectory() as tiny:
+            save_tiny(tiny)
+            await asyncio.gather(*(actor.start.remote(tiny) for actor in idle))
         watching = asyncio.create_task(watch(done))
         try:
             await work(service, chosen.model, chosen.runs)
