@@ -65,7 +65,7 @@ from .reservation import Reservation, release_left_over
 from .sampler_pool import SamplerPool
 from .scaling import Replicas
 from .storage import Storage
-from .threads import ENGINE_ENV
+from .threads import engine_env
 from .wal import REPLAY_SECONDS
 
 EXPIRY_SECONDS = 60.0
@@ -251,7 +251,7 @@ class Controller(Observed):
                 ray.remote(Learner)
                 .options(
                     max_concurrency=MAX_WAITING_CALLS,
-                    runtime_env=ENGINE_ENV,
+                    runtime_env=engine_env(self.home),
                     **place.reservation.options(place.plan.learner),
                 )
                 .remote(
@@ -284,7 +284,7 @@ class Controller(Observed):
             actor = (
                 ray.remote(LearnerHelper)
                 .options(
-                    runtime_env=ENGINE_ENV,
+                    runtime_env=engine_env(self.home),
                     **place.reservation.options(place.plan.helpers[index - 1]),
                 )
                 .remote(path, self.home, self.learner_threads, self.base_weights)
@@ -308,7 +308,7 @@ class Controller(Observed):
                 ray.remote(LearnerRank)
                 .options(
                     max_concurrency=2,  # it serves for as long as it lives, and answers meanwhile
-                    runtime_env=ENGINE_ENV,
+                    runtime_env=engine_env(self.home),
                     **place.reservation.options(place.plan.helpers[rank - 1]),
                 )
                 .remote(

@@ -42,7 +42,7 @@ from .routing import PrefixTable, choose, prefixes
 from .sampler import Sampler
 from .sampler_watch import PoolWatch
 from .scaling import Replicas, Scaler
-from .threads import ENGINE_ENV
+from .threads import engine_env
 from .withdrawal import Withdrawable
 
 SCALING_SECONDS = 0.5
@@ -158,7 +158,7 @@ class SamplerPool(Withdrawable, Observed):
             ray.remote(Sampler)
             .options(
                 max_concurrency=MAX_WAITING_CALLS,
-                runtime_env=ENGINE_ENV,
+                runtime_env=engine_env(self.sampler_args["home"]),
                 **self.reservation.options(seat),
             )
             .remote(**args)

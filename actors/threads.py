@@ -23,6 +23,11 @@ ENGINE_ENV = {
 }
 
 
+def engine_env(home: str) -> dict[str, dict[str, str]]:
+    """The same for an engine whose home it is."""
+    return {"env_vars": {**ENGINE_ENV["env_vars"], "TINSMITH_HOME": home}}
+
+
 def engine_device() -> str:
     """ "cuda" for an actor that was given a GPU: Ray shows it no other."""
     return "cuda" if torch.cuda.is_available() else "cpu"
