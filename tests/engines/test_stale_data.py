@@ -30,8 +30,8 @@ from tinsmith.primitives.types import (
 
 VOCAB, GROUP, PROMPTS = 336, 16, 2
 VALUES = np.random.default_rng(99).uniform(0, 1, VOCAB)
-STALENESS, BATCHES, SEEDS = 8, 40, 5
-LEARNING_RATE = 1e-2
+STALENESS, BATCHES, SEEDS = 8, 60, 5
+LEARNING_RATE = 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +130,7 @@ def test_stable_reinforce_learns_from_stale_data_that_importance_sampling_collap
     assert np.mean(finals) > 0.8  # 0.5 is a policy that plays all tokens alike
     assert np.mean(finals) > np.mean(collapsed)
     assert min(finals) > min(collapsed)
-    # Of each the typical seed: courses are chaotic, and the outermost seeds of both may meet.
-    largest = [np.median([max(run.ratios) for run in runs]) for runs in (stable, plain)]
-    assert largest[0] < largest[1]
+    assert max(max(run.ratios) for run in stable) < min(max(run.ratios) for run in plain)
 
 
 @pytest.mark.parametrize("loss_fn", ["importance_sampling", "stable_reinforce"])
