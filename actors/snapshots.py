@@ -6,7 +6,6 @@ safetensors, the rest msgpack with their checksum, behind its own.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import uuid
@@ -15,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..primitives import codec
@@ -27,6 +26,7 @@ from . import durable
 from .records import Record
 
 _STATE, _ABOUT, _TEMPORARY = "state.safetensors", "about.msgpack", ".tmp-snapshot-"
+_BLOCK_BYTES = 1 << 20
 _NAME = re.compile(r"snapshot-\d{20}")
 
 
@@ -62,8 +62,6 @@ def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
     """
     # Zeros need no room: the gradient after a step, the moments before the first.
     kept = {name: tensor for name, tensor in state.items() if name == "step" or tensor.any()}
-    data = safetensors.torch.save(kept)
-    about = replace(about, checksum=zlib.crc32(data))
     staged = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
     earlier = there(folder)
     number = 1 + (_number(earlier[-1]) if earlier else 0)
@@ -71,17 +69,15 @@ def write(folder: Path, about: About, state: dict[str, Tensor]) -> None:
         for left in folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
         staged.mkdir(parents=True)
-        told = codec.encode(about)
-        sealed = zlib.crc32(told).to_bytes(4, "little") + told
-        for name, content in ((_STATE, data), (_ABOUT, sealed)):
-            with open(staged / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        durable.sync(staged)
+        # From where the tensors lie: their bytes would be as much memory again.
+        save_file(kept, staged / _STATE)
+        told = codec.encode(replace(about, checksum=_checksum(staged / _STATE)))
+        (staged / _ABOUT).write_bytes(zlib.crc32(told).to_bytes(4, "little") + told)
+        for written in (staged / _STATE, staged / _ABOUT, staged):
+            durable.sync(written)
         staged.rename(folder / f"snapshot-{number:020d}")
         durable.sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise StorageFailure(f"no snapshot could be written to {folder}: {error}") from error
     for old in earlier[:-1]:
@@ -108,7 +104,7 @@ def read(snapshot: Path) -> tuple[About, dict[str, Tensor]]:
         data = (snapshot / _STATE).read_bytes()
         if zlib.crc32(data) != about.checksum:
             raise CorruptLog(f"{snapshot / _STATE} is damaged: its checksum is another")
-        state = safetensors.torch.load(data)
+        state = load(data)
         params = state["params"]
     except (OSError, msgspec.MsgspecError, SafetensorError, KeyError, ValueError) as error:
         raise CorruptLog(f"{snapshot} is damaged: {type(error).__name__}: {error}") from error
@@ -120,6 +116,14 @@ def read(snapshot: Path) -> tuple[About, dict[str, Tensor]]:
 def set_aside(snapshot: Path) -> None:
     """Keep a damaged one for whoever wants to look at it, and read it no more."""
     snapshot.rename(snapshot.with_name(f"damaged-{snapshot.name}"))
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _number(snapshot: Path) -> int:

@@ -48,6 +48,22 @@ async def settled(learner) -> None:
     await mended(learner)
 
 
+def copy_of_a_moment(home, to) -> None:
+    """What a crash leaves: files as they all were at one time, though threads still change them."""
+
+    def listing() -> dict:
+        names = [path for path in home.rglob("*") if ".tmp-" not in str(path)]
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in names}
+
+    while True:
+        with contextlib.suppress(FileNotFoundError, shutil.Error):
+            before = listing()
+            shutil.copytree(home, to, ignore=shutil.ignore_patterns(".tmp-*"))
+            if listing() == before:
+                return
+        shutil.rmtree(to, ignore_errors=True)
+
+
 @pytest.fixture
 def engine(tiny_llama):
     engine = LearnerEngine(Backbone(tiny_llama))
@@ -91,7 +107,7 @@ async def test_with_a_disk_that_fails_now_and_then_what_was_refused_was_not_done
         if seq_id in (11, 21):  # a crash: what is on disk now, and nothing more of this life
             broken = False
             home, crashed = tmp_path / str(seq_id), home
-            shutil.copytree(crashed, home, ignore=shutil.ignore_patterns(".tmp-*"))
+            copy_of_a_moment(crashed, home)
             await stop(learner)
             learner = await started(tiny_llama, home, replay_seconds)
             await learner.recover("run")
