@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import alternate, report
-from peft_side import add_run, gradient_difference, peft_model, target_logprobs
+from peft_side import PeftSide, add_run, target_logprobs
 
 from tinsmith import Datum, LoraConfig
 from tinsmith.engines.backbone import Backbone
@@ -60,7 +60,7 @@ class Tenants:
 def compare_with_peft(chosen: argparse.Namespace, tenants: Tenants) -> None:
     """Measure both sides, check that losses and gradients are equal, and report."""
     runs = list(tenants.batches)
-    peft = peft_model(chosen.model, tenants.engine, runs)
+    peft = PeftSide(chosen.model, tenants.engine, runs)
     losses: dict[str, float] = {}
 
     def ours() -> None:
@@ -68,13 +68,14 @@ def compare_with_peft(chosen: argparse.Namespace, tenants: Tenants) -> None:
 
     def theirs() -> None:
         losses["theirs"] = sum(
-            learn_by_peft(peft, run_id, tokens_BS)
+            peft.call(learn_by_peft, run_id, tokens_BS)
             for run_id, tokens_BS in zip(runs, tenants.tokens_RBS, strict=True)
         )
 
     ours_s, theirs_s = alternate(ours, theirs, chosen.runs)
     assert abs(losses["ours"] / losses["theirs"] - 1) < 1e-3, losses
-    difference = gradient_difference(tenants.engine, runs[-1], peft)
+    difference = peft.gradient_difference(tenants.engine, runs[-1])
+    peft.close()
     assert difference < 1e-3, difference
     report(
         "tokens/s",

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from harness import alternate, options, report, say
-from peft_side import add_run, gradient_difference, peft_model, target_logprobs
+from peft_side import PeftSide, add_run, target_logprobs
 
 from tinsmith import Datum, LoraConfig
 from tinsmith.engines.backbone import Backbone
@@ -42,7 +43,7 @@ def compare(chosen: argparse.Namespace, shape: Shape) -> None:
     """Measure both sides, and report."""
     engine = LearnerEngine(Backbone(chosen.model))
     add_run(engine, "run", LORA)
-    peft = peft_model(chosen.model, engine, ["run"])
+    peft = PeftSide(chosen.model, engine, ["run"])
     rng = np.random.default_rng(0)
     groups, size, prompt, completion = shape.groups, shape.size, shape.prompt, shape.completion
     tokens_GSL = rng.integers(0, engine.backbone.vocab_size, (groups, size, prompt + completion))
@@ -62,24 +63,14 @@ def compare(chosen: argparse.Namespace, shape: Shape) -> None:
         losses["ours"] = output.metrics["loss:sum"]
 
     def theirs() -> None:
-        peft.zero_grad()
-        losses["theirs"] = 0.0
-        for first in range(0, len(tokens_BL), shape.together):
-            here = slice(first, first + shape.together)
-            ids = torch.from_numpy(tokens_BL[here])
-            # One position more than the completion: each predicts the token after it.
-            logits = peft(
-                input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=completion + 1
-            ).logits[:, :-1]
-            p = target_logprobs(logits, ids[:, prompt:])
-            r = torch.exp(p - torch.from_numpy(q_BC[here]))
-            loss = -(r * torch.from_numpy(advantages_B[here])[:, None]).sum()
-            loss.backward()
-            losses["theirs"] += float(loss.detach())
+        losses["theirs"] = peft.call(
+            learn_by_peft, tokens_BL, q_BC, advantages_B, prompt, shape.together
+        )
 
     ours_s, theirs_s = alternate(ours, theirs, chosen.runs)
     loss_difference = abs(losses["ours"] - losses["theirs"]) / abs(losses["theirs"])
-    difference = gradient_difference(engine, "run", peft)
+    difference = peft.gradient_difference(engine, "run")
+    peft.close()
     say(f"relative differences: loss {loss_difference:.1e}, gradient {difference:.1e}")
     assert loss_difference < 1e-3, loss_difference
     assert difference < 1e-3, difference
@@ -91,6 +82,32 @@ def compare(chosen: argparse.Namespace, shape: Shape) -> None:
         chosen.runs,
         gradient_difference=float(f"{difference:.1e}"),
     )
+
+
+def learn_by_peft(
+    peft: Any,
+    tokens_BL: np.ndarray,
+    q_BC: np.ndarray,
+    advantages_B: np.ndarray,
+    prompt: int,
+    together: int,
+) -> float:
+    """The loss; `together` sequences at once."""
+    peft.zero_grad()
+    completion, total = q_BC.shape[1], 0.0
+    for first in range(0, len(tokens_BL), together):
+        here = slice(first, first + together)
+        ids = torch.from_numpy(tokens_BL[here])
+        # One position more than the completion: each predicts the token after it.
+        logits = peft(
+            input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=completion + 1
+        ).logits[:, :-1]
+        p = target_logprobs(logits, ids[:, prompt:])
+        r = torch.exp(p - torch.from_numpy(q_BC[here]))
+        loss = -(r * torch.from_numpy(advantages_B[here])[:, None]).sum()
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
 
 def _datum(tokens: np.ndarray, q: np.ndarray, advantage: float, prompt: int) -> Datum:

@@ -34,7 +34,9 @@ class ContextAttention:
         self.group = ranks.context
         segments, paths = cut_forest(whole.segments, whole.paths, edges)
         own = own_segments(segments, edges, ranks.context_rank)
-        self.inner = TreeAttention(segments, paths, whole.queries_per_key, ranks.device, own)
+        self.inner = TreeAttention(
+            segments, paths, whole.queries_per_key, ranks.device, whole.dtype, own
+        )
 
     def __call__(
         self, layer: int, q_HSE: Tensor, k_GSE: Tensor, v_GSE: Tensor, scale: float

@@ -26,7 +26,7 @@ from .backbone import DTYPES, Backbone
 from .base_weights import QUANTIZED, BaseWeights
 from .lora import UNEMBED, AdapterLayout
 from .target_logprobs import BLOCK_ROWS, BLOCK_TOKENS
-from .tree_attention import alike, cut_forest, own_segments, row_edges
+from .tree_attention import alike, cut_forest, cuts, own_segments, row_edges
 
 INDEX = 8  # bytes of an index
 FLOAT = 4  # bytes; adapters, gradients, moments, norms and logprobs are float32 in any case
@@ -59,15 +59,18 @@ class PassShape:
         """Rows that other ranks compute."""
         return sum(self.segments) - self.rows
 
-    @property
-    def below(self) -> list[tuple[int, int, int]]:
-        """`(how many, rows, keys)` of segments below others that are attended to together: rows
-        of each, and keys that each of them sees. One that stands alone copies nothing."""
-        return [
-            (count, self.segments[i], self.segments[i] + sum(self.segments[j] for j in path))
-            for i, count in alike(self.segments, self.paths, self.own)
-            if (path := self.paths[i])
-        ]
+    def masked(self, device: str) -> list[tuple[int, int, int, bool]]:
+        """`(how many, rows, keys, gathered)` of what is attended to together under a mask: rows of each,
+        keys that each of them sees, and whether those lie apart. What needs no mask copies nothing."""
+        found = []
+        for i, count in alike(self.segments, self.paths, self.own):
+            rows, before = self.segments[i], sum(self.segments[j] for j in self.paths[i])
+            if before:
+                found.append((count, rows, before + rows, True))
+            else:
+                pieces = cuts(rows, device)[1:]
+                found += [(count, stop - start, stop, False) for start, stop in pieces]
+        return found
 
     def share(self, ranks: int) -> PassShape:
         """Of the last of several ranks that share its rows, whose rows see the most keys."""
@@ -90,7 +93,7 @@ class MemoryModel:
         tensor: ranks that compute each product together, of which this one has its share.
         context: ranks that share a pass's rows.
         expert: ranks that send their rows to each other's experts; each is taken to have as many rows.
-        grouped: whether all experts are computed at once.
+        device: its type.
     """
 
     config: Any
@@ -99,7 +102,7 @@ class MemoryModel:
     tensor: int = 1
     context: int = 1
     expert: int = 1
-    grouped: bool = False
+    device: str = "cpu"
 
     @classmethod
     def of(cls, backbone: Backbone) -> MemoryModel:
@@ -107,8 +110,7 @@ class MemoryModel:
         scratch = backbone.dtype.itemsize * max(sizes) if backbone.weights in QUANTIZED else 0
         scratch += backbone.gathered_bytes
         ranks = (backbone.tensor_ranks, backbone.context_ranks, backbone.expert_ranks)
-        grouped = backbone.device.type == "cuda" and backbone.dtype == torch.bfloat16
-        return cls(backbone.config, backbone.dtype.itemsize, scratch, *ranks, grouped)
+        return cls(backbone.config, backbone.dtype.itemsize, scratch, *ranks, backbone.device.type)
 
     def pass_(
         self, shape: PassShape, layouts: Sequence[AdapterLayout], *, checkpointing: bool
@@ -178,12 +180,11 @@ class MemoryModel:
         return kept - (2 * item * kv * shape.rows if shape.others else 0)
 
     def _copies(self, shape: PassShape) -> list[int]:
-        """Numbers that the attention of segments below others copies: their queries, the keys and
-        values they see, and a mask."""
+        """Numbers that attention under a mask copies: queries, and keys and values that lie apart."""
         q, kv = self._heads()
         return [
-            count * (q * rows + 2 * kv * keys) + q // kv * rows * keys
-            for count, rows, keys in shape.below
+            count * (q * rows + 2 * kv * keys * gathered)
+            for count, rows, keys, gathered in shape.masked(self.device)
         ]
 
     def _heads(self) -> tuple[int, int]:
@@ -243,7 +244,7 @@ class MemoryModel:
         c = self.config
         rows = self.expert * shape.rows
         pairs = c.num_experts_per_tok * rows
-        if self.grouped:
+        if self.device == "cuda" and self.item == torch.bfloat16.itemsize:  # all experts at once
             pairs //= self._parts
         else:
             pairs = min(-(-2 * pairs // c.num_experts), rows)
@@ -287,7 +288,8 @@ class MemoryModel:
     def _all_along(self, shape: PassShape) -> int:
         """Rotary positions, masks, and what a packed weight is unpacked to."""
         q, kv = self._heads()
-        masks = sum(q // kv * rows * keys for _, rows, keys in shape.below)
+        sizes = {(rows, keys) for _, rows, keys, _ in shape.masked(self.device)}
+        masks = self.item * q // kv * sum(rows * keys for rows, keys in sizes)
         return masks + 2 * self.item * _head_size(self.config) * shape.rows + self.scratch
 
     def _final(self, shape: PassShape) -> int:

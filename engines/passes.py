@@ -256,7 +256,11 @@ def _hidden(
         torch.from_numpy(np.concatenate(tokens)).to(backbone.device),
         torch.from_numpy(np.concatenate(positions)).to(backbone.device),
         TreeAttention(
-            segments, paths, backbone.num_heads // backbone.num_kv_heads, backbone.device
+            segments,
+            paths,
+            backbone.num_heads // backbone.num_kv_heads,
+            backbone.device,
+            backbone.dtype,
         ),
         _spans(works, leaves, bounds),
         checkpointing=checkpointing,

@@ -162,9 +162,9 @@ class Planner:
             InvalidInput: the model cannot be laid out so.
         """
         layout.check(self.config)
-        grouped = self.demand.weights == "bf16"
+        device = "cuda" if self.demand.weights == "bf16" else "cpu"
         ranks = (layout.tensor, layout.context, layout.expert)
-        model = MemoryModel(self.config, self.item, 0, *ranks, grouped)
+        model = MemoryModel(self.config, self.item, 0, *ranks, device)
         rows = max(PASS_ROWS, self.demand.context)
         shape, adapters = PassShape([rows], [()], rows), [self.adapter]
         fixed = (

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .kv_cache import KVCache
 
-MIN_BLOCKS_SAVED = 6
+MIN_BLOCKS_SAVED = 16
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,6 +62,14 @@ def own_segments(segments: Sequence[int], edges: Sequence[int], rank: int) -> tu
     return bisect_left(starts, edges[rank]), bisect_left(starts, edges[rank + 1])
 
 
+def cuts(rows: int, device: str) -> list[tuple[int, int]]:
+    """Pieces `[start, stop)` of a segment without ancestors, of which each is attended to for itself:
+    torch's kernel for CPUs computes all pairs of the rows with a block of 512 keys, also those that are
+    not asked for."""
+    count = min(4, rows // 64) if device == "cpu" and rows <= 512 else 1
+    return list(pairwise(row_edges(rows, max(count, 1))))
+
+
 class TreeAttention:
     """An `Attention` for one pack; the masks are made once and serve every layer.
 
@@ -75,58 +83,98 @@ class TreeAttention:
         paths: Sequence[tuple[int, ...]],
         queries_per_key: int,
         device: torch.device,
+        dtype: torch.dtype,
         own: tuple[int, int] | None = None,
     ) -> None:
         self.segments = list(segments)
         self.paths = list(paths)
-        self.queries_per_key = queries_per_key
-        self.before = sum(self.segments[: own[0] if own else 0])  # rows
+        self.queries_per_key, self.dtype = queries_per_key, dtype
         self.alike = alike(self.segments, self.paths, own)
-        self.masks = {
-            index: self._mask(self.segments[index], sum(self.segments[i] for i in path), device)
-            for index, _ in self.alike
-            if (path := self.paths[index])
+        # Keys and values are cut where the next to be attended to together begin: each is then in one
+        # piece, and its gradient is not added up from some as large as all of them.
+        first, last = own or (0, len(self.segments))
+        groups = [
+            *((index, 1) for index in range(first)),
+            *self.alike,
+            *((index, 1) for index in range(last, len(self.segments))),
+        ]
+        self.sizes = [count * self.segments[index] for index, count in groups]
+        self.places = {
+            index + i: (piece, i if count > 1 else None)
+            for piece, (index, count) in enumerate(groups)
+            for i in range(count)
         }
+        self.masks: dict[tuple[int, int], Tensor] = {}
+        self.cuts: dict[int, list[tuple[int, int, Tensor | None]]] = {}
+        for index, _ in self.alike:
+            rows, before = self.segments[index], sum(self.segments[i] for i in self.paths[index])
+            self.cuts[index] = [
+                (start, stop, self._mask(stop - start, before + start, device))
+                for start, stop in ([(0, rows)] if before else cuts(rows, device.type))
+            ]
 
-    def _mask(self, length: int, before: int, device: torch.device) -> Tensor:
-        """Bool `[(H / G) S, K]`, for queries of one key/value head folded into rows."""
-        mask_SK = torch.ones(length, before + length, dtype=torch.bool, device=device)
-        return mask_SK.tril_(before).repeat(self.queries_per_key, 1)
+    def _mask(self, rows: int, before: int, device: torch.device) -> Tensor | None:
+        """`[(H / G) S, K]`, for queries of one key/value head folded into rows: what is added to their
+        scores, so that every layer's backward pass needs this one. None where the first row sees
+        only itself."""
+        if not before:
+            return None
+        if (rows, before) not in self.masks:
+            hidden = torch.ones(rows, before + rows, dtype=torch.bool, device=device)
+            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=device)
+            mask.masked_fill_(hidden.triu_(before + 1), -torch.inf)
+            self.masks[rows, before] = mask.repeat(self.queries_per_key, 1)
+        return self.masks[rows, before]
 
     def __call__(
         self, layer: int, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, scale: float
     ) -> Tensor:
-        k, v = (x.split(self.segments, dim=1) for x in (k_GTE, v_GTE))
-        starts = [0, *accumulate(self.segments)]
+        own_sizes = [count * self.segments[index] for index, count in self.alike]
+        queries = q_HTE.split(own_sizes, dim=1)
+        keys, values = (x.split(self.sizes, dim=1) for x in (k_GTE, v_GTE))
         out = []
-        for index, count in self.alike:
-            path, mask = self.paths[index], self.masks.get(index)
-            here = slice(starts[index], starts[index + count])
-            asking = slice(here.start - self.before, here.stop - self.before)
+        for (index, count), query in zip(self.alike, queries, strict=True):
+            piece, _ = self.places[index]
             q_BHLE, k_BGLE, v_BGLE = (
-                x[:, rows].unflatten(1, (count, -1)).transpose(0, 1)
-                for x, rows in ((q_HTE, asking), (k_GTE, here), (v_GTE, here))
+                x.unflatten(1, (count, -1)).transpose(0, 1)
+                for x in (query, keys[piece], values[piece])
             )
+            if path := self.paths[index]:
+                k_BGLE = _after([self._segment(keys, i) for i in path], k_BGLE)
+                v_BGLE = _after([self._segment(values, i) for i in path], v_BGLE)
+            out_BHLE = self._attend(index, q_BHLE, k_BGLE, v_BGLE, scale)
+            out.append(out_BHLE.transpose(1, 2).flatten(0, 1))
+        return torch.cat(out)
+
+    def _attend(
+        self, index: int, q_BHLE: Tensor, k_BGKE: Tensor, v_BGKE: Tensor, scale: float
+    ) -> Tensor:
+        cut, rows = self.cuts[index], q_BHLE.shape[2]
+        before = k_BGKE.shape[2] - rows
+        queries = q_BHLE.split([stop - start for start, stop, _ in cut], dim=2)
+        out = []
+        for q, (_, stop, mask) in zip(queries, cut, strict=True):
+            k, v = (x if stop == rows else x[:, :, : before + stop] for x in (k_BGKE, v_BGKE))
             if mask is None:
-                out_BHLE = scaled_dot_product_attention(
-                    q_BHLE,
-                    k_BGLE,
-                    v_BGLE,
-                    is_causal=True,
-                    scale=scale,
-                    enable_gqa=self.queries_per_key > 1,
+                gqa = self.queries_per_key > 1
+                out.append(
+                    scaled_dot_product_attention(
+                        q, k, v, is_causal=True, scale=scale, enable_gqa=gqa
+                    )
                 )
             else:
-                folded = q_BHLE.reshape(count, k_GTE.shape[0], -1, q_HTE.shape[2])
-                out_BHLE = scaled_dot_product_attention(
-                    folded,
-                    _after([k[i] for i in path], k_BGLE),
-                    _after([v[i] for i in path], v_BGLE),
-                    attn_mask=mask,
-                    scale=scale,
-                ).view(q_BHLE.shape)
-            out.append(out_BHLE.transpose(0, 1).flatten(1, 2))
-        return torch.cat(out, 1).transpose(0, 1)
+                folded = q.reshape(len(k), k.shape[1], -1, k.shape[3])
+                attended = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+                out.append(attended.view(q.shape))
+        return torch.cat(out, 2) if len(out) > 1 else out[0]
+
+    def _segment(self, pieces: Sequence[Tensor], index: int) -> Tensor:
+        """`[G, S, E]` of one."""
+        piece, place = self.places[index]
+        if place is None:
+            return pieces[piece]
+        rows = self.segments[index]
+        return pieces[piece][:, place * rows : (place + 1) * rows]
 
 
 def _after(ancestors: Sequence[Tensor], own_BGLE: Tensor) -> Tensor:

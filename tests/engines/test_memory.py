@@ -158,5 +158,5 @@ def test_the_model_follows_a_config_without_weights(tmp_path):
     path = make_tiny_model(tmp_path / "m", "llama")
     model = MemoryModel(AutoConfig.from_pretrained(path), 4)
     layout = Backbone(path).layout(LORA)
-    short, long = (model.forward(PassShape([n], [()], n), [layout]) for n in (100, 200))
+    short, long = (model.forward(PassShape([n], [()], n), [layout]) for n in (1000, 2000))
     assert short < long < 2 * short + 1
