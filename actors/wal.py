@@ -160,6 +160,7 @@ class Log:
         self._thread = thread
         self._segment_bytes = segment_bytes
         self._lock = threading.Lock()
+        self._syncing = threading.Lock()  # taken before the other; while held, no file is closed
         self._waiting: list[Future[None]] = []
         self._rolled: list[int] = []  # files of earlier segments, not yet fsynced
         self._rolled_folder = False  # whether there is a segment that the folder may not name yet
@@ -359,8 +360,20 @@ class Log:
 
     def sync_now(self) -> None:
         """For the sync thread."""
+        with self._syncing:
+            waiting, failure = self._sync()
+        for future in waiting:
+            if failure is None:
+                future.set_result(None)
+            else:
+                future.set_exception(failure)
+
+    def _sync(self) -> tuple[list[Future[None]], StorageFailure | Unavailable | None]:
+        """Who waited, and why what they waited for is not on disk."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
+            if self.synced_end == self.end:  # by the fsync before; it may have been closed since
+                return waiting, None
             rolled, self._rolled = self._rolled, []
             folder, self._rolled_folder = self._rolled_folder, False
             end, file = self.end, self._file
@@ -382,11 +395,7 @@ class Log:
             self.synced_end = max(self.synced_end, end) if failure is None else self.synced_end
         for opened in rolled:
             os.close(opened)
-        for future in waiting:
-            if failure is None:
-                future.set_result(None)
-            else:
-                future.set_exception(failure)
+        return waiting, failure
 
     def _cut_unsynced(self) -> None:
         """Nobody was told of it, and a learner started later must not find it."""
@@ -418,7 +427,7 @@ class Log:
     def close(self) -> None:
         """Once all is on disk, if it can be."""
         self.synced().exception()
-        with self._lock:
+        with self._syncing, self._lock:
             self.failure = self.failure or StorageFailure(f"the log in {self.folder} is closed")
             self._close_files()
 

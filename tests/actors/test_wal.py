@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +287,31 @@ def test_when_the_disk_fails_nothing_more_is_acknowledged(thread, tmp_path, monk
             log.append(b"more")
         with pytest.raises(tinsmith.StorageFailure):
             log.synced().result()
+
+
+def test_who_waits_while_it_is_closed_is_told_that_all_is_on_disk(thread, tmp_path, monkeypatch):
+    log = Log(tmp_path, thread)
+    real, begun, go = os.fsync, threading.Semaphore(0), threading.Semaphore(0)
+
+    def fsync(file: int) -> None:
+        begun.release()
+        go.acquire()
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    log.append(b"one")
+    first = log.synced()
+    begun.acquire()
+    second = log.synced()  # waits for the next fsync, though this one is enough
+    go.release()
+    first.result(30)
+    closing = threading.Thread(target=log.close)
+    closing.start()  # finds all on disk, while the next fsync may be under way
+    closing.join(1)
+    go.release()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert second.result(30) is None
 
 
 def test_importing_the_log_imports_neither_torch_nor_ray():
