@@ -1,7 +1,6 @@
 """The other side of the learner's benchmarks: PEFT on the Hugging Face model, same adapters.
 
-In a process of its own, as its users have it: in one process, what either side frees is scattered over
-the other's memory, and the next pass waits for the system to give it new pages.
+In a process of its own, as its users have it: in one, either side's speed depends on what the other frees.
 """
 
 from __future__ import annotations
