@@ -120,9 +120,9 @@ class TreeAttention:
         if not before:
             return None
         if (rows, before) not in self.masks:
-            hidden = torch.ones(rows, before + rows, dtype=torch.bool, device=device)
-            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=device)
-            mask.masked_fill_(hidden.triu_(before + 1), -torch.inf)
+            mask = torch.full(
+                (rows, before + rows), -torch.inf, dtype=self.dtype, device=device
+            ).triu_(before + 1)
             self.masks[rows, before] = mask.repeat(self.queries_per_key, 1)
         return self.masks[rows, before]
 
