@@ -16,14 +16,15 @@ def test_on_policy_from_a_checkpoint(kitchen, taught, tmp_path):
         f"teacher_model={BASE}",
         f"teacher_checkpoint={taught.checkpoints[-1]['sampler_path']}",
         "groups_per_batch=8",
-        "group_size=4",
-        "max_steps=6",
+        # Six steps on groups of 4 are a coin's toss. These took it from 6.3 to 2.6 .. 4.1.
+        "group_size=16",
+        "max_steps=8",
         *SMALL,
-        steps=6,
+        steps=8,
     )
     assert max(map(abs, log.column("optim/kl_sample_train_v1"))) < SAME
     distance = log.column("teacher_kl")
-    assert distance[-1] < distance[0]
+    assert distance[-1] < 0.85 * distance[0]
 
 
 def test_on_policy_from_two_teachers(kitchen, tmp_path):
