@@ -358,7 +358,7 @@ class Learner(Observed):
         following = max([log.next_seq_id - 1, *log.waiting]) + 1
         gone = OpCancelled(f"another client took over run {run_id}")
         log.pass_over_missing(range(log.next_seq_id, following), gone)
-        await asyncio.wrap_future(log.journal.on_disk())
+        await log.on_disk()
         return following
 
     async def close_run(self, run_id: str) -> None:
@@ -706,7 +706,7 @@ class Learner(Observed):
                 there = asyncio.create_task(asyncio.wait(waiting))
                 ends: set[asyncio.Future[Any]] = {there, log.over}
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wrap_future(log.journal.on_disk())
+            await log.on_disk()
             results = log.journal.results(before)
             all_about = About(log.run_key, lora, version, share, results=results, **about)
             await asyncio.to_thread(log.journal.save, all_about, state)
@@ -776,7 +776,7 @@ class Learner(Observed):
         async def refill(sampler: Handle) -> None:
             if await self._refill(log, sampler) and log.publish_steps:
                 newest = await self._in_engine(self._weights, log.run_id)
-                await asyncio.wrap_future(log.journal.on_disk())
+                await log.on_disk()
                 await Op(sampler.call("add_adapter", log.run_id, *newest, False))
 
         if log.published:
@@ -832,7 +832,7 @@ class Learner(Observed):
         async def send() -> PublishResponse:
             started = time.perf_counter()
             # A run's versions reach the sampler in order: the last to arrive is what is live.
-            await asyncio.wrap_future(log.journal.on_disk())
+            await log.on_disk()
             async with log.publishing:
                 log.check_claim()
                 if saved_as is not None:
@@ -892,7 +892,7 @@ class Learner(Observed):
             # A learner that died may have saved it, before it could write that down.
             if seq_id <= log.replayed and await self._is_saved(path, operation):
                 return SaveResponse(str(path))
-            await asyncio.wrap_future(log.journal.on_disk())
+            await log.on_disk()
             async with self.writing:  # in order: of two saves by one name the later one stays
                 checkpoint, staged = await asyncio.to_thread(write)
                 # The controller alone gives out names: saving, copying and deleting cannot collide.

@@ -15,6 +15,7 @@ from typing import Any
 from ..primitives.errors import (
     CorruptLog,
     InvalidInput,
+    NotFound,
     OpCancelled,
     OperationCrashed,
     StorageFailure,
@@ -115,6 +116,21 @@ class RunLog:
         """
         if not self.closed:  # else this learner has deleted the log
             self.journal.log.claim.check()
+
+    async def on_disk(self) -> None:
+        """Wait until all that has come is on disk.
+
+        Raises:
+            NotFound: the run was closed.
+            StorageFailure: the disk failed.
+            Unavailable: another learner has taken the run.
+        """
+        try:
+            await asyncio.wrap_future(self.journal.on_disk())
+        except StorageFailure as error:
+            if self.closed:  # and its log with it, which is what the error says
+                raise NotFound(f"run {self.run_id} was closed") from error
+            raise
 
     # ---- what comes ----
 

@@ -77,7 +77,7 @@ def test_a_run_trains_and_is_sampled_by_vllm(tmp_path):
             print(json.dumps({
                 "refused": refused, "versions": sorted(set(versions)),
                 "version": sorted({int(v) for v in sampled.versions}), "off": float(off),
-                "pids": pids, "settled": children_settled(),
+                "pids": pids, "settled": children_settled(90),
             }))
 
         asyncio.run(main(*sys.argv[1:]))
