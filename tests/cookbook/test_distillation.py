@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from tests.cookbook.kitchen import BASE, SAME
 
-SMALL = ("max_tokens=24", "lora_rank=8", "learning_rate=1e-2")
+SMALL = ("max_tokens=24", "lora_rank=8")
 
 
 def test_on_policy_from_a_checkpoint(kitchen, taught, tmp_path):
@@ -19,14 +18,13 @@ def test_on_policy_from_a_checkpoint(kitchen, taught, tmp_path):
         "groups_per_batch=4",
         "group_size=16",
         "max_steps=16",
-        "max_tokens=24",
-        "lora_rank=8",
+        *SMALL,
         "learning_rate=3e-3",  # with 1e-2 it falls sooner, and may jump up again
         steps=16,
     )
     assert max(map(abs, log.column("optim/kl_sample_train_v1"))) < SAME
     distance = log.column("teacher_kl")
-    assert np.mean(distance[-4:]) < np.mean(distance[:4])
+    assert distance[-1] < distance[0]
 
 
 def test_on_policy_from_two_teachers(kitchen, tmp_path):
@@ -38,6 +36,7 @@ def test_on_policy_from_two_teachers(kitchen, tmp_path):
         "group_size=2",
         "max_steps=2",
         *SMALL,
+        "learning_rate=1e-2",
         steps=2,
     )
     # Both are the student's own base model here.
